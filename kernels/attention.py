@@ -1,0 +1,150 @@
+"""flash_attention: softmax attention with its own forward- and reverse-mode derivatives.
+
+With the formulas of `kernels.reference`, the derivative rule is
+
+    o, lse = forward(q, k, v)
+    ȯ      = linear_call(tangent, backward)(q, k, v, o, lse; those of q̇, k̇, v̇ that are not symbolically zero)
+
+so one op serves jax.jvp, jax.grad, the gradient of a jvp and the jvp of a vjp, eagerly and under jit, lax.scan,
+jax.checkpoint and jax.shard_map. An implementation is three plain functions and needs no rule of its own.
+
+- Constants cost nothing: text keys and values carry no tangent in a jvp with respect to the image, so their two of
+  the five products of the tangent are left out.
+- For jax.checkpoint, o and lse carry the names "attention_out" and "attention_lse": a policy that saves these two
+  spares the second forward pass, save_only_these_names("attention_out", "attention_lse").
+- Second derivatives are dropped: ȯ is differentiated as a linear function of the tangents, and how it depends on
+  q, k and v is ignored. A loss must stop the gradient of a tangent, as the consistency loss does.
+- There is no promise to work under jax.vmap: batch and heads are axes of the op, and kernels have no batching rule.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero, linear_call
+
+from kernels import blockwise, reference
+
+
+class Implementation(NamedTuple):
+    """Three functions with the signatures of those of `kernels.reference`.
+
+    forward(q, k, v, scale) -> (o, lse)
+    tangent(q, k, v, o, lse, dq, dk, dv, scale) -> do, where a None tangent is zero and costs nothing
+    backward(q, k, v, o, lse, g, live, scale) -> (dq, dk, dv), None where `live` is False: the transpose of tangent
+    """
+
+    forward: Callable
+    tangent: Callable
+    backward: Callable
+
+
+IMPLEMENTATIONS = {
+    "reference": Implementation(reference.forward, reference.tangent, reference.backward),
+    "blockwise": Implementation(blockwise.forward, blockwise.tangent, blockwise.backward),
+}
+
+
+def flash_attention(q, k, v, *, scale=None, implementation="auto"):
+    """softmax(Q Kᵀ·scale) V.
+
+    Args:
+      q: [b, l, n, d], any float dtype.
+      k: [b, m, n, d], same dtype; m may differ from l (cross-attention).
+      v: [b, m, n, d], same dtype.
+      scale: multiplies Q Kᵀ; d**-0.5 if None. A Python number, not differentiated.
+      implementation: "auto" or a name in IMPLEMENTATIONS.
+
+    Returns:
+      [b, l, n, d] in the dtype of q; computed in float32 at least.
+
+    Raises:
+      ValueError: unknown implementation, or shapes that do not fit.
+      TypeError: dtypes that are not floating point, or differ.
+    """
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    _check(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    o, _ = _attend(_choose(implementation), scale, *_vary_alike(q, k, v))
+    return o
+
+
+def _choose(name):
+    """The implementation of that name; "auto" is the fastest that runs on the default backend."""
+    if name == "auto":
+        name = "blockwise"
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown attention implementation {name!r}: choose from {['auto', *IMPLEMENTATIONS]}")
+    return IMPLEMENTATIONS[name]
+
+
+def _check(q, k, v):
+    """Raises where q, k, v are not what flash_attention's docstring asks for."""
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(
+            f"attention takes [batch, tokens, heads, features] arrays, got {shapes}: reshape them to four axes"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"attention takes one dtype, got q {q.dtype}, k {k.dtype}, v {v.dtype}: cast them to one")
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise TypeError(f"attention takes floating point arrays, got {q.dtype}: cast with .astype(jnp.float32)")
+    if k.shape[1] != v.shape[1]:
+        raise ValueError(f"keys and values must pair up, got {k.shape[1]} keys and {v.shape[1]} values ({shapes})")
+    for axis, what in ((0, "batch sizes"), (2, "numbers of heads"), (3, "feature sizes")):
+        if not q.shape[axis] == k.shape[axis] == v.shape[axis]:
+            raise ValueError(f"attention takes equal {what} (axis {axis}) in q, k and v, got {shapes}")
+    if 0 in q.shape or 0 in k.shape:
+        raise ValueError(f"attention over nothing is undefined, got {shapes}: every axis must be at least 1 long")
+
+
+def _vary_alike(*arrays):
+    """Inside shard_map, marks arrays as varying over every mesh axis that one of them varies over; else does nothing.
+
+    JAX marks the operands of its own primitives so, and then sums cotangents over the added axes; the operands of a
+    custom rule are ours to mark. It matters for text keys that are replicated where the queries are sharded.
+    """
+    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    missing = [tuple(sorted(frozenset().union(*varying) - axes)) for axes in varying]
+    return [jax.lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(arrays, missing, strict=True)]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _attend(implementation, scale, q, k, v):
+    """(o, lse), differentiable: lse has no tangent."""
+    return implementation.forward(q, k, v, scale)
+
+
+@functools.partial(_attend.defjvp, symbolic_zeros=True)
+def _attend_jvp(implementation, scale, primals, tangents):
+    # The op itself, not its forward function: an outer jvp (of a vjp) differentiates the value made here.
+    o, lse = _attend(implementation, scale, *primals)
+    o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
+    no_lse_tangent = SymbolicZero(jax.typeof(lse).to_tangent_aval())
+    live = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents)
+    do = _push_forward(implementation, scale, jax.lax.stop_gradient((*primals, o, lse)), live)
+    return (o, lse), (do, no_lse_tangent)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _push_forward(implementation, scale, residuals, tangents):
+    """ȯ from residuals (q, k, v, o, lse) and tangents (dq, dk, dv), None for zero: linear in the tangents."""
+    live = tuple(t is not None for t in tangents)
+    return linear_call(
+        lambda residuals, tangents: implementation.tangent(*residuals, *tangents, scale),
+        lambda residuals, g: implementation.backward(*residuals, g, live, scale),
+        residuals,
+        tangents,
+    )
+
+
+@_push_forward.defjvp
+def _push_forward_jvp(implementation, scale, primals, tangents):
+    # linear_call refuses residuals with tangents, even tangents that are arrays of zeros (as scan makes them).
+    residuals, live = primals
+    _, live_tangents = tangents
+    do = _push_forward(implementation, scale, residuals, live)
+    return do, _push_forward(implementation, scale, residuals, live_tangents)

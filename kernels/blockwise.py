@@ -1,0 +1,179 @@
+"""The attention of `kernels.reference`, tile by tile with lax.scan: O(L) memory on every backend.
+
+Queries and keys are cut into tiles; an outer loop over query tiles runs an inner loop over key tiles, and only one
+[b, n, tile, tile] block of scores exists at a time. A sequence that fits one tile is neither padded nor looped over.
+
+The three functions share one layout (`_split`), one loop (`_loop`) and one block of scores (`_scores`).
+The forward pass is the online softmax of Milakov and Gimelshein (arXiv 1805.02867); the tangent and its transpose
+know lse already and rebuild P = exp(S − lse) directly, the way FlashAttention's backward pass does (arXiv 2205.14135).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels.reference import compute_dtype
+
+
+class Tiles(NamedTuple):
+    """The most tokens in one tile: multiples of 8."""
+
+    queries: int
+    keys: int
+
+
+# On a CPU the block of scores (1 MiB a head) stays in the cache; larger tiles do not gain anything there.
+TILES = Tiles(queries=512, keys=512)
+
+
+def forward(q, k, v, scale, *, tiles=TILES):
+    """O [b, l, n, d] in the dtype of q, and lse [b, n, l] in the dtype of the computation."""
+    dtype = compute_dtype(q.dtype)
+
+    def query_tile(_, q):
+        q = scale * q.astype(dtype)
+
+        def key_tile(carry, xs):
+            top, total, o = carry
+            k, v, bias = xs
+            s = _scores(q, k, bias)
+            new_top = jnp.maximum(top, s.max(-1, keepdims=True))
+            p = jnp.exp(s - new_top)
+            shrink = jnp.exp(top - new_top)
+            return (new_top, shrink * total + p.sum(-1, keepdims=True), shrink * o + p @ v.astype(dtype)), None
+
+        row = jnp.zeros_like(q[..., :1])
+        (top, total, o), _ = _loop(key_tile, (row - jnp.inf, row, jnp.zeros_like(q)), keys)
+        return None, (o / total, top + jnp.log(total))
+
+    keys = (_split(k, tiles.keys), _split(v, tiles.keys), _bias(k, tiles.keys, dtype))
+    _, (o, lse) = _loop(query_tile, None, _split(q, tiles.queries))
+    return _merge(o, q), _merge_rows(lse, q)
+
+
+def tangent(q, k, v, o, lse, dq, dk, dv, scale, *, tiles=TILES):
+    """Ȯ [b, l, n, d] along (dq, dk, dv), each shaped like its primal or None for zero, whose products are left out."""
+    dtype = compute_dtype(q.dtype)
+    moving_scores = dq is not None or dk is not None
+
+    def query_tile(_, xs):
+        q, o, dq, lse = xs
+        q = scale * q.astype(dtype)
+        dq = None if dq is None else scale * dq.astype(dtype)
+
+        def key_tile(carry, xs):
+            do, r = carry  # Ȯ = do − r∘O in the end
+            k, v, dk, dv, bias = xs
+            p = jnp.exp(_scores(q, k, bias) - lse)
+            if dv is not None:
+                do += p @ dv.astype(dtype)
+            if moving_scores:
+                h = p * sum(_scores(x, y) for x, y in ((dq, k), (q, dk)) if x is not None and y is not None)
+                do += h @ v.astype(dtype)
+                r += h.sum(-1, keepdims=True)
+            return (do, r), None
+
+        (do, r), _ = _loop(key_tile, (jnp.zeros_like(q), jnp.zeros_like(q[..., :1])), keys)
+        return None, do - r * o.astype(dtype)
+
+    keys = (*(_split(x, tiles.keys) for x in (k, v, dk, dv)), _bias(k, tiles.keys, dtype))
+    queries = (*(_split(x, tiles.queries) for x in (q, o, dq)), _split_rows(lse, tiles.queries))
+    _, do = _loop(query_tile, None, queries)
+    return _merge(do, q)
+
+
+def backward(q, k, v, o, lse, g, live, scale, *, tiles=TILES):
+    """The transpose of `tangent`: from g [b, l, n, d], the cotangent of Ȯ, to those of (dq, dk, dv).
+
+    `live` holds three booleans; where one is False the tangent was None and so is the result.
+    """
+    dtype = compute_dtype(q.dtype)
+    live_q, live_k, live_v = live
+
+    def query_tile(key_gradients, xs):
+        q, o, g, lse = xs
+        q, g = scale * q.astype(dtype), g.astype(dtype)
+        row = (g * o.astype(dtype)).sum(-1, keepdims=True)
+
+        def key_tile(dq, xs):
+            (k, v, bias), (dk, dv) = xs
+            p = jnp.exp(_scores(q, k, bias) - lse)
+            if live_v:
+                dv += p.mT @ g
+            if live_q or live_k:
+                ds = p * (_scores(g, v) - row)
+                if live_q:
+                    dq += ds @ k.astype(dtype)
+                if live_k:
+                    dk += ds.mT @ q
+            return dq, (dk, dv)
+
+        dq, key_gradients = _loop(key_tile, jnp.zeros_like(q) if live_q else None, (keys, key_gradients))
+        return key_gradients, scale * dq if live_q else None
+
+    keys = (_split(k, tiles.keys), _split(v, tiles.keys), _bias(k, tiles.keys, dtype))
+    zeros = tuple(jnp.zeros_like(keys[i], dtype=dtype) if alive else None for i, alive in enumerate((live_k, live_v)))
+    queries = (*(_split(x, tiles.queries) for x in (q, o, g)), _split_rows(lse, tiles.queries))
+    (dk, dv), dq = _loop(query_tile, zeros, queries)
+    return _merge(dq, q), _merge(dk, k), _merge(dv, v)
+
+
+def _scores(x, y, bias=None):
+    """X Yᵀ of two tiles, [b, n, l, d] and [b, n, m, d] → [b, n, l, m], computed in the dtype of x."""
+    s = x @ y.astype(x.dtype).mT
+    return s if bias is None else s + bias
+
+
+def _loop(step, carry, xs):
+    """lax.scan, without its loop where there is a single step to make."""
+    if jax.tree.leaves(xs)[0].shape[0] > 1:
+        return jax.lax.scan(step, carry, xs)
+    carry, y = step(carry, jax.tree.map(lambda x: x[0], xs))
+    return carry, jax.tree.map(lambda y: y[None], y)
+
+
+def _cut(length, most):
+    """(number of tiles, tokens in each): as few tiles of at most `most` tokens as possible, evenly filled."""
+    if length <= most:
+        return 1, length
+    size = -(-length // -(-length // most))
+    size = -(-size // 8) * 8  # whole vector registers
+    return -(-length // size), size
+
+
+def _split(x, most):
+    """[b, l, n, d] → [tiles, b, n, tile, d], zeros in the tail of the last tile. None stays None."""
+    if x is None:
+        return None
+    b, l, n, d = x.shape
+    count, size = _cut(l, most)
+    x = jnp.pad(x, ((0, 0), (0, count * size - l), (0, 0), (0, 0)))
+    return x.reshape(b, count, size, n, d).transpose(1, 0, 3, 2, 4)
+
+
+def _merge(x, like):
+    """The inverse of `_split`, in the shape and dtype of the array `like`."""
+    if x is None:
+        return None
+    b, l, n, d = like.shape
+    return x.transpose(1, 0, 3, 2, 4).reshape(b, -1, n, d)[:, :l].astype(like.dtype)
+
+
+def _split_rows(x, most):
+    """[b, n, l] → [tiles, b, n, tile, 1]."""
+    return _split(x.swapaxes(1, 2)[..., None], most)
+
+
+def _merge_rows(x, q):
+    """The inverse of `_split_rows`."""
+    b, l, n, _ = q.shape
+    return _merge(x, jax.ShapeDtypeStruct((b, l, n, 1), x.dtype))[..., 0].swapaxes(1, 2)
+
+
+def _bias(k, most, dtype):
+    """[tiles, tile]: 0 for a key, −inf for the padding behind the last; None where there is no padding."""
+    count, size = _cut(k.shape[1], most)
+    if count * size == k.shape[1]:
+        return None
+    return jnp.where(jnp.arange(count * size) < k.shape[1], 0, -jnp.inf).astype(dtype).reshape(count, size)

@@ -1,0 +1,112 @@
+"""Orbax checkpoints with exact resume, and the workdir they live in.
+
+A workdir holds config.json (what made it) and checkpoints/STEP/: one item per field of the train state, so that the
+averaged student alone can be read as a teacher or for sampling, and "data", the position of the input pipeline.
+"""
+
+import json
+import os
+import pathlib
+
+import jax
+import orbax.checkpoint as ocp
+
+from rcm_jax.config import flatten
+from rcm_jax.train_state import TrainState
+
+# Keys that may change between a run and its continuation: they decide when it stops and what it shows, not what it learns.
+MAY_CHANGE = ("train.steps", "train.log_every", "train.checkpoint_every", "train.sample_every", "train.keep")
+
+
+def claim_workdir(workdir, values: dict) -> None:
+    """Write config.json into a new workdir; in an old one, ValueError unless it is of the same config (see MAY_CHANGE)."""
+    workdir = pathlib.Path(workdir)
+    path = workdir / "config.json"
+    if path.exists():
+        there, here = flatten(read_config(workdir)), flatten(values)
+        differing = [key for key in sorted(there.keys() | here.keys())
+                     if there.get(key) != here.get(key) and not key.endswith(MAY_CHANGE)]
+        if differing:
+            shown = "; ".join(f"{key} is {there.get(key)} there, {here.get(key)} here" for key in differing[:5])
+            more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
+            raise ValueError(f"workdir {workdir} belongs to another config: {shown}{more}. Choose another --workdir.")
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise ValueError(f"workdir {workdir} is not empty and has no config.json: choose a new or empty --workdir")
+    else:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(values, indent=1) + "\n")
+
+
+def read_config(workdir) -> dict:
+    """The config that made a workdir; ValueError if there is none."""
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{workdir} is no training workdir: it has no config.json")
+    return json.loads(path.read_text())
+
+
+def write_atomically(path, text: str) -> None:
+    """Write text so that the file is whole or not there."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def open_manager(workdir, keep: int | None = None) -> ocp.CheckpointManager:
+    """The checkpoints of a workdir; `keep` is how many stay when new ones are saved (None: all)."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(pathlib.Path(workdir).absolute() / "checkpoints", options=options)
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState, data) -> None:
+    """Save all of the state and the position of the data iterator at step state.step, if it is not there yet."""
+    step = int(state.step)
+    if step in manager.all_steps():
+        return
+    items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
+    manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(_encode(data.get_state()))))
+
+
+def restore(manager: ocp.CheckpointManager, abstract: TrainState, data) -> TrainState | None:
+    """The newest state, placed as the shardings of `abstract` say, with `data` moved to its position; None if there is none."""
+    step = manager.latest_step()
+    if step is None:
+        return None
+    items = {name: ocp.args.StandardRestore(item) for name, item in _items(abstract).items()}
+    restored = manager.restore(step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
+    data.set_state(_decode(restored["data"]))
+    return abstract.replace(**{name: restored[name] for name in items})
+
+
+def restore_item(workdir, name: str, abstract, step: int | None = None):
+    """One field of the newest (or the given) checkpoint of a workdir, e.g. "ema"; ValueError if there is none."""
+    workdir = pathlib.Path(workdir)
+    if not (workdir / "checkpoints").is_dir():
+        raise ValueError(f"no checkpoint in {workdir}: it has no folder checkpoints")
+    with open_manager(workdir) as manager:
+        steps = sorted(manager.all_steps())
+        if not steps or (step is not None and step not in steps):
+            wanted = "any step" if step is None else f"step {step}"
+            raise ValueError(f"no checkpoint of {wanted} in {workdir}; steps there: {steps or 'none'}")
+        step = steps[-1] if step is None else step
+        return manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)}))[name]
+
+
+def _items(state: TrainState) -> dict:
+    return {name: item for name, item in vars(state).items() if item is not None}
+
+
+def _encode(position):
+    """grain gives a dict or, from worker processes, bytes."""
+    return {"bytes": position.hex()} if isinstance(position, bytes) else {"json": position}
+
+
+def _decode(encoded):
+    return bytes.fromhex(encoded["bytes"]) if "bytes" in encoded else encoded["json"]
+
+
+def abstract_like(tree, sharding):
+    """ShapeDtypeStructs of a tree with the shardings of a tree of the same structure (or one for all)."""
+    shardings = sharding if not isinstance(sharding, jax.sharding.Sharding) else jax.tree.map(lambda _: sharding, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

@@ -1,0 +1,123 @@
+"""A whole experiment as one frozen config, and the pure functions it stands for."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rcm_jax import denoiser, samplers
+from rcm_jax.config import build
+from rcm_jax.models import NETWORKS, DiTConfig
+from rcm_jax.sharding import MeshConfig
+from rcm_jax.steps import DiffusionConfig, RcmConfig
+from rcm_jax.trainer import TrainConfig
+from rcm_jax.trigflow import LogNormal, ShiftedUniform
+
+KINDS = {"dit": DiTConfig, "log_normal": LogNormal, "shifted_uniform": ShiftedUniform}
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Making the teacher, where none is given."""
+
+    method: DiffusionConfig
+    train: TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """Noise levels of the samplers. mid_times[k - 1] are the k − 1 times between arctan(sigma_max) and 0 of k steps."""
+
+    sigma_max: float
+    mid_times: tuple[tuple[float, ...], ...]
+    teacher_shift: float = 1.0    # of the teacher's Euler grid, uniform in rectified-flow time before the shift
+
+    def __post_init__(self):
+        for k, times in enumerate(self.mid_times, 1):
+            if len(times) != k - 1:
+                raise ValueError(f"mid_times[{k - 1}] is for {k} steps: it needs {k - 1} times, got {list(times)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One training run, whole."""
+
+    seed: int
+    data: str
+    model: DiTConfig
+    parametrization: str
+    time_scale: float
+    teacher: str              # a training workdir; "": pretrain one first
+    pretrain: PretrainConfig
+    rcm: RcmConfig
+    train: TrainConfig
+    sampling: SamplingConfig
+    mesh: MeshConfig
+
+    def __post_init__(self):
+        if self.parametrization not in denoiser.PARAMETRIZATIONS:
+            raise ValueError(f"parametrization {self.parametrization!r} is none of "
+                             f"{', '.join(denoiser.PARAMETRIZATIONS)}")
+
+
+def from_mapping(values: dict) -> Experiment:
+    """An experiment from a nested mapping; ValueError that names the key if one is unknown, missing or ill-typed."""
+    return build(Experiment, values, kinds=KINDS)
+
+
+class Network(NamedTuple):
+    """init(key) -> boxed parameters (with logical axes); F(params, x, t, cond) -> TrigFlow velocity, float32."""
+
+    init: Callable[[jax.Array], Any]
+    F: denoiser.Velocity
+
+
+def make_network(experiment: Experiment, sample_shape, uncond) -> Network:
+    """The network of an experiment on samples [b, *sample_shape]; conditions are keyword arguments of its module."""
+    module = NETWORKS[type(experiment.model)](experiment.model)
+
+    def init(key):
+        one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], uncond)
+        return module.init(key, jnp.zeros((1, *sample_shape)), jnp.zeros(1), **one)["params"]
+
+    def net(params, x, time, cond):
+        return module.apply({"params": params}, x, time, **cond)
+
+    return Network(init, denoiser.PARAMETRIZATIONS[experiment.parametrization](net, experiment.time_scale))
+
+
+def make_params(network: Network) -> Callable:
+    """key -> plain parameters."""
+    return lambda key: nn.meta.unbox(network.init(key))
+
+
+def student_sampler(F: denoiser.Velocity, sampling: SamplingConfig, steps: int) -> Callable:
+    """Jitted (params, key, sample_ids [b], cond, sample_shape) -> x0 [b, ...]: few-step sampling.
+
+    Step k draws its noise with fold_in(key, k), per sample: k = 0 is the noise that teacher_sampler starts from.
+    """
+    if not 1 <= steps <= len(sampling.mid_times):
+        raise ValueError(f"{steps} steps asked for, but sampling.mid_times covers 1 to {len(sampling.mid_times)}: "
+                         "give the mid times")
+    times = samplers.student_times(sampling.sigma_max, sampling.mid_times[steps - 1])
+
+    def sample(params, key, ids, cond, shape):
+        noise = jnp.stack([samplers.unit_noise(jax.random.fold_in(key, k), ids, shape) for k in range(steps)])
+        return samplers.few_step(F, params, noise, times, cond)
+
+    return jax.jit(sample, static_argnums=4)
+
+
+def teacher_sampler(F: denoiser.Velocity, uncond, guidance: float, sampling: SamplingConfig, steps: int) -> Callable:
+    """Jitted (params, key, sample_ids [b], cond, sample_shape) -> x0 [b, ...]: the guided PF-ODE by Euler steps."""
+    guided = denoiser.guided(F, guidance)
+    times = samplers.ode_times(steps, sampling.sigma_max, sampling.teacher_shift)
+
+    def sample(params, key, ids, cond, shape):
+        noise = samplers.unit_noise(jax.random.fold_in(key, 0), ids, shape)
+        return samplers.euler(guided, params, noise, times, (cond, uncond))
+
+    return jax.jit(sample, static_argnums=4)

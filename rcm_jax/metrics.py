@@ -1,0 +1,69 @@
+"""Training metrics: one JSON line a step logged, TensorBoard events, and Weights & Biases if asked for."""
+
+import json
+import math
+import pathlib
+
+import jax
+from tensorboardX import SummaryWriter
+
+from rcm_jax.checkpoint import write_atomically
+
+
+class MetricsWriter:
+    """Writes workdir/metrics.jsonl and TensorBoard events. Opened at the step of a resume, it forgets later lines."""
+
+    def __init__(self, workdir, step: int, wandb: bool = False):
+        workdir = pathlib.Path(workdir)
+        self.path = workdir / "metrics.jsonl"
+        kept = [row for row in read_metrics(workdir) if row["step"] <= step]
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self.wandb = None
+        if wandb:
+            try:
+                import wandb as library
+            except ImportError:
+                raise ValueError('config.train.wandb needs the extra: pip install "rcm-jax[wandb]"') from None
+            self.wandb = library.init(dir=str(workdir), resume="allow", id=workdir.absolute().name)
+
+    def write(self, step: int, values: dict) -> None:
+        """One line of {name: number}; a number that is not finite is written as null."""
+        row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in values.items():
+            self.events.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.events.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read_metrics(workdir) -> list[dict]:
+    """The rows of metrics.jsonl; a last line cut off by a crash is left out."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Mean:
+    """Running means of scalar metrics that stay on the device until read: logging does not stall the step."""
+
+    def __init__(self):
+        self.rows = []
+
+    def add(self, metrics: dict) -> None:
+        """Remember one step's scalars (phases have different names)."""
+        self.rows.append(metrics)
+
+    def read(self) -> dict[str, float]:
+        """Mean of every name over the steps that had it, then forget."""
+        rows, self.rows = jax.device_get(self.rows), []
+        names = {name for row in rows for name in row}
+        values = {name: [float(row[name]) for row in rows if name in row] for name in sorted(names)}
+        return {name: sum(v) / len(v) for name, v in values.items()}

@@ -1,0 +1,27 @@
+"""A small convolutional classifier: judge and feature extractor for small images."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class ClassifierNet(nn.Module):
+    """Images [b, h, w, c] → (logits [b, num_classes], features [b, features]), all float32.
+
+    Two resolutions, no normalisation layers, no dropout: the output is a function of parameters and images alone.
+    Features are taken before the last non-linearity, where they are closer to a Gaussian than rectified ones, which
+    is what the Fréchet distance assumes. h and w are fixed by the first call (the last layers see every position).
+    """
+
+    num_classes: int
+    features: int = 64
+    width: int = 32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = x.astype(jnp.float32)
+        x = nn.gelu(nn.Conv(self.width, (3, 3), name="conv_0")(x))
+        x = nn.gelu(nn.Conv(2 * self.width, (3, 3), strides=(2, 2), name="conv_1")(x))
+        x = nn.gelu(nn.Conv(2 * self.width, (3, 3), name="conv_2")(x))
+        features = nn.Dense(self.features, name="features")(x.reshape(x.shape[0], -1))
+        return nn.Dense(self.num_classes, name="logits")(nn.gelu(features)), features

@@ -1,0 +1,100 @@
+"""A small class-conditional diffusion transformer (DiT, arXiv 2212.09748; QK-norm after arXiv 2302.05442)."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from rcm_jax.models.layers import REMAT_POLICIES, Mlp, SelfAttention, dense, layer_norm, sinusoids
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of a DiT on images [b, height, width, channels]; label num_classes is the null class of guidance."""
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    patch: int
+    dim: int
+    num_layers: int
+    num_heads: int
+    mlp_ratio: int = 4
+    freq_dim: int = 64           # cosines and sines of the time
+    max_frequency: float = 16.0  # per unit of time: higher resolves t better and makes dF/dt larger
+    dtype: str = "float32"       # compute dtype; parameters and time embedding are float32
+    remat: str = "none"
+
+    def __post_init__(self):
+        height, width, _ = self.image_shape
+        if height % self.patch or width % self.patch:
+            raise ValueError(f"patch {self.patch} does not divide the image {height}×{width}")
+        if self.dim % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide dim {self.dim}")
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat {self.remat!r} is none of {', '.join(REMAT_POLICIES)}")
+
+
+class Block(nn.Module):
+    """adaLN-zero block: modulated self-attention and MLP, both residual. A scan body: (x, emb) -> (x, None)."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, x_blc, emb_bc):
+        c = self.config
+        modulation = dense(6 * c.dim, "modulation", dtype=jnp.float32, init=nn.initializers.zeros)(nn.silu(emb_bc))
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation[:, None], 6, axis=-1)
+        h = (layer_norm(x_blc) * (1 + scale1) + shift1).astype(c.dtype)
+        h = SelfAttention(c.num_heads, c.dtype, name="attention")(h)
+        x_blc = x_blc + (gate1 * h).astype(x_blc.dtype)
+        h = (layer_norm(x_blc) * (1 + scale2) + shift2).astype(c.dtype)
+        h = Mlp(c.mlp_ratio * c.dim, c.dtype, name="mlp")(h)
+        return x_blc + (gate2 * h).astype(x_blc.dtype), None
+
+
+class DiT(nn.Module):
+    """F or v of images x [b, h, w, channels] at times t [b] for labels [b] (int): [b, h, w, channels], float32."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, x, t, label):
+        c = self.config
+        x_blc = dense(c.dim, "patch_in", dtype=c.dtype, axes=("features", "embed"))(patchify(x, c.patch))
+        x_blc = x_blc + self.param(
+            "position", nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vector", "embed")),
+            x_blc.shape[1:]).astype(c.dtype)
+
+        frequencies = jnp.geomspace(1.0, c.max_frequency, c.freq_dim // 2)
+        emb_bc = dense(c.dim, "time_in", dtype=jnp.float32)(sinusoids(t, frequencies))
+        emb_bc = dense(c.dim, "time_out", dtype=jnp.float32)(nn.silu(emb_bc))
+        emb_bc = emb_bc + nn.Embed(
+            c.num_classes + 1, c.dim, name="label",
+            embedding_init=nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vector", "embed")))(label)
+
+        block = Block if c.remat == "none" else nn.remat(
+            Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+        blocks = nn.scan(
+            block, length=c.num_layers, variable_axes={"params": 0}, split_rngs={"params": True},
+            in_axes=nn.broadcast, metadata_params={nn.PARTITION_NAME: "layers"})
+        x_blc, _ = blocks(c, name="blocks")(x_blc, emb_bc)
+
+        modulation = dense(2 * c.dim, "modulation", dtype=jnp.float32, init=nn.initializers.zeros)(nn.silu(emb_bc))
+        shift, scale = jnp.split(modulation[:, None], 2, axis=-1)
+        x_blc = layer_norm(x_blc) * (1 + scale) + shift
+        out = dense(c.patch**2 * x.shape[-1], "patch_out", dtype=jnp.float32, init=nn.initializers.zeros)(x_blc)
+        return unpatchify(out, c.patch, x.shape)
+
+
+def patchify(x, patch):
+    """[b, h, w, c] -> [b, (h/p)(w/p), p·p·c], rows first."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+def unpatchify(x_blc, patch, shape):
+    """The inverse of patchify, to the given [b, h, w, c]."""
+    b, h, w, c = shape
+    x = x_blc.reshape(b, h // patch, w // patch, patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(shape)

@@ -1,0 +1,54 @@
+"""All that changes while training, as one pytree: explicit state in, state out."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@flax.struct.dataclass
+class Learner:
+    """A network that is being trained: float32 master parameters, optimizer state and the count of its updates."""
+
+    params: Any
+    opt_state: Any
+    updates: jax.Array  # [] int32
+
+    def update(self, grads, optimizer: optax.GradientTransformation) -> tuple["Learner", jax.Array, jax.Array]:
+        """One optimizer step -> (learner, gradient norm [], applied [] bool).
+
+        A gradient that is not finite leaves parameters, optimizer state and count as they were.
+        """
+        norm = optax.global_norm(grads)
+        applied = jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, self.opt_state, self.params)
+        new = Learner(optax.apply_updates(self.params, updates), opt_state, self.updates + 1)
+        return jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, self), norm, applied
+
+
+@flax.struct.dataclass
+class TrainState:
+    """`step` counts iterations of every phase; `ema` averages the student; `fake_score` is None in pretraining."""
+
+    step: jax.Array  # [] int32
+    student: Learner
+    ema: Any
+    fake_score: Learner | None
+
+
+@flax.struct.dataclass
+class Teacher:
+    """The frozen side of distillation: never donated, never checkpointed.
+
+    `uncond` has the leaves of a condition without the batch axis (null class, negative prompt).
+    """
+
+    params: Any
+    uncond: Any
+
+
+def make_learner(params, optimizer) -> Learner:
+    """A learner that starts from the given parameters."""
+    return Learner(params=params, opt_state=optimizer.init(params), updates=jnp.zeros((), jnp.int32))

@@ -1,0 +1,133 @@
+"""The training loop of every method: state in, state out, resumable at any checkpoint to the last bit."""
+
+import contextlib
+import dataclasses
+import signal
+import sys
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from rcm_jax import checkpoint
+from rcm_jax.metrics import Mean, MetricsWriter
+from rcm_jax.sharding import batch_sharding, check_batch, replicated, state_sharding
+from rcm_jax.steps import Method
+from rcm_jax.train_state import Teacher, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long, how many at once, how often to tell and to save."""
+
+    steps: int
+    batch_size: int
+    log_every: int = 100
+    checkpoint_every: int = 1000
+    sample_every: int = 1000
+    keep: int = 2            # checkpoints kept
+    wandb: bool = False
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class Interrupted(Exception):
+    """Training was asked to stop (SIGINT, SIGTERM); everything up to `step` is saved."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped at step {step}; the same command goes on from there")
+        self.step = step
+
+
+def place_state(method: Method, abstract_params, mesh, source, make_params=lambda params: params):
+    """(state, shardings): method.init(make_params(source)) made in place, every leaf on its own devices at once.
+
+    abstract_params: jax.eval_shape of the network's init, boxed with logical axes. source: a key or parameters.
+    """
+    shardings = state_sharding(jax.eval_shape(method.init, abstract_params), mesh)
+    state = jax.jit(lambda source: method.init(make_params(source)), out_shardings=shardings)(source)
+    return state, shardings
+
+
+def fit(method: Method, state: TrainState, shardings, teacher: Teacher | None, data, *, config: TrainConfig,
+        workdir, mesh, key, label: str, on_sample: Callable[[TrainState, int], None] | None = None) -> TrainState:
+    """Train from the newest checkpoint of workdir, or from `state`, to config.steps; returns the last state.
+
+    state is donated. data is an iterator with get_state/set_state (rcm_jax.data.dataset.batches). on_sample(state, step)
+    is called every sample_every steps and at the end. Raises Interrupted after saving if a signal asks to stop.
+    """
+    check_batch(config.batch_size, mesh)
+    compiled = compile_steps(method, shardings, key)
+    teacher = jax.device_put(teacher, replicated(mesh)) if teacher is not None else None
+    with checkpoint.open_manager(workdir, config.keep) as manager, _stop_requested() as stop:
+        restored = checkpoint.restore(manager, checkpoint.abstract_like(state, shardings), data)
+        state = state if restored is None else restored
+        step = int(state.step)
+        writer, mean = MetricsWriter(workdir, step, config.wandb), Mean()
+        bar = tqdm(total=config.steps, initial=step, desc=label, unit="step", dynamic_ncols=True,
+                   mininterval=0.5 if sys.stderr.isatty() else 20)
+        while step < config.steps:
+            batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), next(data))
+            state, metrics = compiled[method.phase(step)](state, teacher, batch)
+            step += 1
+            mean.add(metrics)
+            last = step == config.steps or stop()
+            if last or step % config.log_every == 0:
+                values = mean.read()
+                writer.write(step, values)
+                bar.set_postfix(_shown(values), refresh=False)
+            bar.update()
+            if last or step % config.checkpoint_every == 0:
+                checkpoint.save(manager, state, data)
+            if on_sample and (last or step % config.sample_every == 0):
+                on_sample(state, step)
+            if stop() and step < config.steps:
+                bar.close()
+                writer.close()
+                raise Interrupted(step)
+        bar.close()
+        writer.close()
+    return state
+
+
+def compile_steps(method: Method, shardings, key) -> dict[str, Callable]:
+    """Each phase as a jitted (state, teacher, batch) -> (state, metrics); the state is donated, keys come from its step."""
+
+    def compiled(step_fn):
+        def run(state, teacher, batch):
+            return step_fn(state, teacher, batch, jax.random.fold_in(key, state.step))
+
+        return jax.jit(run, donate_argnums=0, out_shardings=(shardings, None))
+
+    return {name: compiled(step_fn) for name, step_fn in method.steps.items()}
+
+
+def _shown(values: dict) -> dict:
+    """The losses, for the console."""
+    return {name: f"{value:.3g}" for name, value in values.items() if name.endswith("/loss")} | {
+        name: f"{value:.3g}" for name, value in values.items()
+        if name.endswith(("nonfinite", "skipped")) and (value > 0 or not np.isfinite(value))}
+
+
+@contextlib.contextmanager
+def _stop_requested():
+    """A function that says whether SIGINT or SIGTERM came; the second signal acts as usual."""
+    seen = []
+    previous = {}
+
+    def handle(number, frame):
+        seen.append(number)
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # not in the main thread
+            previous[number] = signal.signal(number, handle)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

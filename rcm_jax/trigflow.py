@@ -1,0 +1,94 @@
+"""TrigFlow: the time, noise and update formulas of the method. Numbered equations, no state.
+
+Convention: data have unit variance, c = cos t, s = sin t, t in [0, pi/2], shape [b]. Noise level sigma = tan t.
+Sources: sCM (arXiv 2410.11081, section 3), rCM (arXiv 2510.08431, section 3). Arrays x0, x, eps, F are [b, ...].
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def expand(t, x):
+    """t [b] -> [b, 1, ..., 1] with as many axes as x [b, ...]."""
+    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+
+
+def diffuse(x0, eps, t):
+    """(1) x_t = c·x0 + s·eps: clean x0 [b, ...] and unit noise eps [b, ...] at times t [b]."""
+    t = expand(t, x0)
+    return jnp.cos(t) * x0 + jnp.sin(t) * eps
+
+
+def velocity(x0, eps, t):
+    """The derivative of (1) in t: c·eps − s·x0, the regression target of F."""
+    t = expand(t, x0)
+    return jnp.cos(t) * eps - jnp.sin(t) * x0
+
+
+def denoise(x, F, t):
+    """(2) f(x, t) = c·x − s·F: the clean sample that F [b, ...] predicts at x [b, ...], t [b]."""
+    t = expand(t, x)
+    return jnp.cos(t) * x - jnp.sin(t) * F
+
+
+def euler(x, F, t, u):
+    """(2) One Euler (DDIM) step of the PF-ODE dx/dt = F, exact for constant F along the circle: t [b] -> u [b]."""
+    h = expand(u - t, x)
+    return jnp.cos(h) * x + jnp.sin(h) * F
+
+
+def sigma_to_time(sigma):
+    """t = arctan(sigma); no cancellation at either end."""
+    return jnp.arctan(sigma)
+
+
+def rectified_flow_time(t):
+    """(3) tau = s/(c+s), the rectified-flow time of equal signal-to-noise ratio."""
+    return jnp.sin(t) / (jnp.cos(t) + jnp.sin(t))
+
+
+def to_rectified_flow(x, t):
+    """(3) (x_rf, tau) of equal signal-to-noise ratio: x_rf = x/(c+s) [b, ...], tau = s/(c+s) [b]."""
+    return x / expand(jnp.cos(t) + jnp.sin(t), x), rectified_flow_time(t)
+
+
+def from_rectified_flow(x, v, t):
+    """(3) F = ((c−s)·x + v)/(c+s) from the rectified-flow velocity v = eps − x0; well conditioned for every t."""
+    t = expand(t, x)
+    c, s = jnp.cos(t), jnp.sin(t)
+    return ((c - s) * x + v) / (c + s)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogNormal:
+    """log tan t ~ N(mean, std²): p_G of the paper, and of the sCM and EDM papers."""
+
+    mean: float
+    std: float
+
+    def sample(self, key, shape) -> Array:
+        """Times in (0, pi/2), float32, of the given shape."""
+        return self.from_normal(jax.random.normal(key, shape))
+
+    def from_normal(self, z) -> Array:
+        """Times at the standard normals z."""
+        return jnp.arctan(jnp.exp(self.mean + self.std * z))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShiftedUniform:
+    """Rectified-flow time uniform in [0, 1), then shifted: tan t = shift·u/(1−u); p_D of the paper has shift 5."""
+
+    shift: float
+
+    def sample(self, key, shape) -> Array:
+        """Times in [0, pi/2), float32, of the given shape."""
+        return self.from_uniform(jax.random.uniform(key, shape))
+
+    def from_uniform(self, u) -> Array:
+        """Times at the uniforms u in [0, 1]; u = 1 gives exactly pi/2 (no 1/(1−u))."""
+        return jnp.arctan2(self.shift * u, 1 - u)
