@@ -9,7 +9,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.data = "digits"
     config.model = dict(kind="dit", image_shape=(8, 8, 1), num_classes=10, patch=2, dim=64, num_layers=3, num_heads=4,
-                        mlp_ratio=4, freq_dim=64, max_frequency=16.0, dtype="float32", remat="none")
+                        mlp_ratio=4, freq_dim=64, max_frequency=16.0, dtype="float32", remat="none", unroll=3)
     config.parametrization = "trigflow"
     config.time_scale = 1.0
     config.teacher = ""

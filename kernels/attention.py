@@ -93,10 +93,13 @@ def _check(q, k, v):
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise TypeError(f"attention takes floating point arrays, got {q.dtype}: cast with .astype(jnp.float32)")
     if k.shape[1] != v.shape[1]:
-        raise ValueError(f"keys and values must pair up, got {k.shape[1]} keys and {v.shape[1]} values ({shapes})")
+        raise ValueError(f"keys and values must pair up, got {k.shape[1]} keys and {v.shape[1]} values: {shapes}")
     for axis, what in ((0, "batch sizes"), (2, "numbers of heads"), (3, "feature sizes")):
         if not q.shape[axis] == k.shape[axis] == v.shape[axis]:
-            raise ValueError(f"attention takes equal {what} (axis {axis}) in q, k and v, got {shapes}")
+            raise ValueError(
+                f"attention takes equal {what} (axis {axis}) in q, k and v, got {shapes}: "
+                "broadcast, repeat or project them before the call"
+            )
     if 0 in q.shape or 0 in k.shape:
         raise ValueError(f"attention over nothing is undefined, got {shapes}: every axis must be at least 1 long")
 

@@ -148,7 +148,8 @@ def _split(x, most):
         return None
     b, l, n, d = x.shape
     count, size = _cut(l, most)
-    x = jnp.pad(x, ((0, 0), (0, count * size - l), (0, 0), (0, 0)))
+    if count * size > l:
+        x = jnp.pad(x, ((0, 0), (0, count * size - l), (0, 0), (0, 0)))
     return x.reshape(b, count, size, n, d).transpose(1, 0, 3, 2, 4)
 
 

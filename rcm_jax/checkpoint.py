@@ -9,6 +9,7 @@ import os
 import pathlib
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from rcm_jax.config import flatten
@@ -76,7 +77,8 @@ def restore(manager: ocp.CheckpointManager, abstract: TrainState, data) -> Train
     items = {name: ocp.args.StandardRestore(item) for name, item in _items(abstract).items()}
     restored = manager.restore(step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
     data.set_state(_decode(restored["data"]))
-    return abstract.replace(**{name: restored[name] for name in items})
+    count = jax.device_put(np.asarray(step, abstract.step.dtype), abstract.step.sharding)
+    return abstract.replace(step=count, **{name: restored[name] for name in items})
 
 
 def restore_item(workdir, name: str, abstract, step: int | None = None):
@@ -94,7 +96,8 @@ def restore_item(workdir, name: str, abstract, step: int | None = None):
 
 
 def _items(state: TrainState) -> dict:
-    return {name: item for name, item in vars(state).items() if item is not None}
+    """The fields that are saved: the step is the checkpoint's own."""
+    return {name: item for name, item in vars(state).items() if item is not None and name != "step"}
 
 
 def _encode(position):

@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rcm_jax import denoiser, samplers
-from rcm_jax.config import build
+from rcm_jax import checkpoint, denoiser, samplers
+from rcm_jax.config import build, flatten
 from rcm_jax.models import NETWORKS, DiTConfig
 from rcm_jax.sharding import MeshConfig
 from rcm_jax.steps import DiffusionConfig, RcmConfig
@@ -66,6 +66,29 @@ class Experiment:
 def from_mapping(values: dict) -> Experiment:
     """An experiment from a nested mapping; ValueError that names the key if one is unknown, missing or ill-typed."""
     return build(Experiment, values, kinds=KINDS)
+
+
+# What a teacher and its student must agree on.
+TEACHER_KEYS = ("data", "model", "parametrization", "time_scale")
+
+
+def teacher_values(run: Experiment) -> dict:
+    """The part of an experiment that makes its teacher: the config of the teacher's own workdir."""
+    values = dataclasses.asdict(run)
+    return {key: values[key] for key in (*TEACHER_KEYS, "seed", "mesh", "pretrain")}
+
+
+def check_teacher(run: Experiment) -> None:
+    """ValueError unless config.teacher is the workdir of a teacher for the same data and network."""
+    there = checkpoint.read_config(run.teacher)
+    if "rcm" in there:
+        raise ValueError(f"{run.teacher} holds a distilled student; its teacher may be in {run.teacher}/teacher")
+    pick = lambda values: flatten({key: values.get(key) for key in TEACHER_KEYS})
+    theirs, ours = pick(there), pick(teacher_values(run))
+    differing = [f"{key} is {theirs.get(key)} there, {ours.get(key)} here"
+                 for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
+    if differing:
+        raise ValueError(f"the teacher in {run.teacher} does not fit this config: {'; '.join(differing)}")
 
 
 class Network(NamedTuple):

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import numpy as np
 from tqdm import tqdm
@@ -51,6 +52,11 @@ def place_state(method: Method, abstract_params, mesh, source, make_params=lambd
     shardings = state_sharding(jax.eval_shape(method.init, abstract_params), mesh)
     state = jax.jit(lambda source: method.init(make_params(source)), out_shardings=shardings)(source)
     return state, shardings
+
+
+def abstract_params(boxed, mesh):
+    """Shapes, dtypes and shardings of parameters from their boxed abstract values, as a restore wants them."""
+    return checkpoint.abstract_like(nn.meta.unbox(boxed), state_sharding(boxed, mesh))
 
 
 def fit(method: Method, state: TrainState, shardings, teacher: Teacher | None, data, *, config: TrainConfig,

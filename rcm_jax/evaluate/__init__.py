@@ -1,1 +1,1 @@
-"""How good samples are: statistics in numpy float64, a small classifier for the features, tables, pictures, a report."""
+"""How good samples are. Statistics in numpy float64, classifier features, tables, pictures, a report."""

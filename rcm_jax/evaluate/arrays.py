@@ -48,7 +48,7 @@ def require_finite(name: str, x: np.ndarray) -> None:
     bad = ~np.isfinite(x).reshape(len(x), -1).all(axis=1)
     if bad.any():
         raise ValueError(
-            f"{name}: {bad.sum()} of {len(x)} samples hold NaN or infinite values (the first is sample {bad.argmax()}); "
+            f"{name}: {bad.sum()} of {len(x)} samples hold NaN or infinite values (the first: {bad.argmax()}); "
             "the network or the sampler diverged: find out where, or drop these samples before measuring"
         )
 

@@ -50,12 +50,11 @@ class Classifier:
                 f"images are {images.shape[1:]} [h, w, c], the classifier was trained on {self.image_shape}; "
                 "resize the images or train a classifier for them"
             )
-        images = (images - self.mean) / self.deviation
-        batches = [
-            jax.tree.map(lambda x, n=len(batch): np.asarray(x)[:n], _apply(self.net, self.params, _fill(batch)))
-            for batch in np.split(images, range(BATCH, len(images), BATCH))
-        ]
-        logits, features = zip(*batches, strict=True)
+        logits, features = [], []
+        for batch in np.split((images - self.mean) / self.deviation, range(BATCH, len(images), BATCH)):
+            outputs = _apply(self.net, self.params, np.pad(batch, [(0, BATCH - len(batch)), (0, 0), (0, 0), (0, 0)]))
+            for values, output in zip((logits, features), outputs, strict=True):
+                values.append(np.asarray(output)[: len(batch)])
         return np.concatenate(logits), np.concatenate(features)
 
 
@@ -65,7 +64,7 @@ def train_classifier(
     num_classes: int,
     key: jax.Array,
     *,
-    steps: int = 600,
+    steps: int = 400,
     batch_size: int = 128,
     learning_rate: float = 3e-3,
     shift: int = 1,
@@ -105,11 +104,6 @@ def train_classifier(
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(net: ClassifierNet, params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     return net.apply({"params": params}, images)
-
-
-def _fill(batch: np.ndarray) -> np.ndarray:
-    """[n, ...] → [BATCH, ...] by zeros."""
-    return np.pad(batch, [(0, BATCH - len(batch))] + [(0, 0)] * (batch.ndim - 1))
 
 
 @functools.lru_cache(maxsize=8)

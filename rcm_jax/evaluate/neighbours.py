@@ -15,7 +15,7 @@ def neighbour_metrics(real, generated, k: int = 5) -> dict[str, float]:
     2002.09797). Computed in float64, O(nm f), in blocks.
 
     Raises:
-      ValueError: not [samples, features], different f, k < 1, a set with fewer than k + 1 points, NaN or infinite values.
+      ValueError: not [samples, features], different f, k < 1, fewer than k + 1 points in a set, NaN or infinity.
     """
     real, generated = as_samples("real", real), as_samples("generated", generated)
     if real.shape[1] != generated.shape[1]:

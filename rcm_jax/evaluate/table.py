@@ -14,7 +14,7 @@ from rcm_jax.evaluate.neighbours import neighbour_metrics
 
 Rows = Mapping[str, Mapping[str, float | None]]
 
-# metric → two lines of heading, number format, and the side that is better
+# metric → two lines of heading, number format, and the side that is better (noise raises diversity, too: neither)
 COLUMNS = {
     "frechet_features": ("FD", "features", ".3f", "low"),
     "frechet_pixels": ("FD", "pixels", ".3f", "low"),
@@ -23,10 +23,10 @@ COLUMNS = {
     "recall": ("", "recall", ".3f", "high"),
     "density": ("", "density", ".3f", "high"),
     "coverage": ("", "coverage", ".3f", "high"),
-    "diversity": ("", "diversity", ".3f", "high"),
-    "frechet_features_ratio": ("ratio of", "FD features", ".2f", "low"),
-    "frechet_pixels_ratio": ("ratio of", "FD pixels", ".2f", "low"),
-    "diversity_ratio": ("ratio of", "diversity", ".2f", "high"),
+    "diversity": ("", "diversity", ".3f", None),
+    "frechet_features_ratio": ("FD features", "ratio", ".2f", "low"),
+    "frechet_pixels_ratio": ("FD pixels", "ratio", ".2f", "low"),
+    "diversity_ratio": ("diversity", "ratio", ".2f", None),
 }
 RATIOS = ("frechet_features", "frechet_pixels", "diversity")
 
@@ -123,8 +123,10 @@ def cells(rows: Rows) -> tuple[list[str], list[tuple[str, str]], list[list[str]]
     def cell(value: float | None, spec: str) -> str:
         return "-" if value is None else format(value, spec)
 
-    values = [[cell(row.get(name), spec) for name, (_, _, spec, _) in zip(names, columns, strict=True)]
-              for row in rows.values()]
+    values = [
+        [cell(row.get(name), spec) for name, (_, _, spec, _) in zip(names, columns, strict=True)]
+        for row in rows.values()
+    ]
     return names, [(upper, lower) for upper, lower, *_ in columns], values
 
 

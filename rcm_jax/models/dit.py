@@ -23,6 +23,7 @@ class DiTConfig:
     max_frequency: float = 16.0  # per unit of time: higher resolves t better and makes dF/dt larger
     dtype: str = "float32"       # compute dtype; parameters and time embedding are float32
     remat: str = "none"
+    unroll: int = 1              # blocks per iteration of the scan over layers: small networks on CPU want all
 
     def __post_init__(self):
         height, width, _ = self.image_shape
@@ -75,7 +76,7 @@ class DiT(nn.Module):
         block = Block if c.remat == "none" else nn.remat(
             Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
         blocks = nn.scan(
-            block, length=c.num_layers, variable_axes={"params": 0}, split_rngs={"params": True},
+            block, length=c.num_layers, unroll=c.unroll, variable_axes={"params": 0}, split_rngs={"params": True},
             in_axes=nn.broadcast, metadata_params={nn.PARTITION_NAME: "layers"})
         x_blc, _ = blocks(c, name="blocks")(x_blc, emb_bc)
 

@@ -1,0 +1,108 @@
+"""The report of a distillation: real data, teacher and student side by side, in pictures and numbers."""
+
+import pathlib
+
+import jax
+import numpy as np
+
+from rcm_jax.evaluate.picture import grid, save_png
+from rcm_jax.evaluate.report import write_report
+from rcm_jax.evaluate.table import evaluate_samples, make_reference
+from rcm_jax.experiment import Experiment, student_sampler, teacher_sampler
+from rcm_jax.metrics import read_metrics
+
+SAMPLES = 3600  # of every row of the table
+BATCH = 400  # sampled at once
+TEACHER_STEPS = (50, 4)
+STUDENT_STEPS = (1, 2, 4)
+SHOWN = 8  # samples of a class in the picture
+BASELINE = f"teacher {TEACHER_STEPS[0]}"
+
+
+def draw(sampler, params, key, labels, shape) -> np.ndarray:
+    """Samples [n, *shape] for class labels [n], BATCH at a time; sample i depends on key, i and its label alone."""
+    labels = np.asarray(labels, np.int32)
+    padded = np.pad(labels, (0, -len(labels) % BATCH))
+    parts = [
+        sampler(params, key, np.arange(i, i + BATCH), {"label": padded[i : i + BATCH]}, shape)
+        for i in range(0, len(padded), BATCH)
+    ]
+    return np.concatenate([np.asarray(part) for part in parts])[: len(labels)]
+
+
+def write_samples(run: Experiment, workdir, dataset, F, ema, step: int) -> None:
+    """A picture of the averaged student while it trains: a row per class, at its largest number of steps."""
+    sampler = student_sampler(F, run.sampling, len(run.sampling.mid_times))
+    images = draw(sampler, ema, jax.random.key(run.seed), labels_by_class(dataset, SHOWN), dataset.sample_shape)
+    save_png(pathlib.Path(workdir) / "samples" / f"{step:08d}.png", grid(dataset.to_image(images), SHOWN, upscale=4))
+
+
+def labels_by_class(dataset, each: int) -> np.ndarray:
+    """0, 0, …, 1, 1, …: `each` of every class."""
+    return np.repeat(np.arange(dataset.num_classes), each)
+
+
+def write_distillation_report(run: Experiment, workdir, teacher_dir, dataset, F, teacher, ema) -> str:
+    """Writes workdir/report/ (report.png, report.json) and returns the table for the console.
+
+    Every row has the same labels, and every generated one starts from the same noise.
+    """
+    samplers = {
+        f"teacher {k}": (teacher_sampler(F, teacher.uncond, run.rcm.guidance, run.sampling, k), teacher.params)
+        for k in TEACHER_STEPS
+    }
+    samplers |= {f"student {k}": (student_sampler(F, run.sampling, k), ema) for k in STUDENT_STEPS}
+    key = jax.random.fold_in(jax.random.key(run.seed), 3)
+    labels = labels_by_class(dataset, SAMPLES // dataset.num_classes)
+    images = {
+        name: dataset.to_image(draw(sampler, params, key, labels, dataset.sample_shape))
+        for name, (sampler, params) in samplers.items()
+    }
+    train = dataset.to_image(dataset.train["x0"]), dataset.train["cond"]["label"]
+    test = dataset.to_image(dataset.test["x0"]), dataset.test["cond"]["label"]
+    reference = make_reference(*train, *test, jax.random.key(run.seed))
+    rows = {"real (training split)": evaluate_samples(*train, reference)}
+    rows |= {name: evaluate_samples(samples, labels, reference) for name, samples in images.items()}
+
+    shown = (np.arange(dataset.num_classes)[:, None] * (SAMPLES // dataset.num_classes) + np.arange(SHOWN)).ravel()
+    panels = {"real digits": _first_of_each_class(*test, dataset.num_classes)}
+    panels |= {_title(name): images[name][shown] for name in (BASELINE, *(f"student {k}" for k in STUDENT_STEPS))}
+    return write_report(
+        pathlib.Path(workdir) / "report",
+        panels=panels,
+        curves=_curves(workdir, teacher_dir),
+        rows=rows,
+        title="rCM on digits",
+        footer=f"Seed {run.seed}. Fréchet distances of {SAMPLES} samples to {len(test[1])} held-out real images; "
+        f"classifier accuracy on held-out images {reference.accuracy:.3f}.",
+        columns=SHOWN,
+        row_labels=[str(c) for c in range(dataset.num_classes)],
+        metadata={"seed": run.seed, "samples": SAMPLES, "classifier_accuracy": reference.accuracy},
+    )
+
+
+def _first_of_each_class(images, labels, num_classes):
+    return np.concatenate([images[labels == c][:SHOWN] for c in range(num_classes)])
+
+
+def _title(name):
+    kind, steps = name.split()
+    return f"{kind}, {steps} step{'s' if steps != '1' else ''}"
+
+
+def _curves(workdir, teacher_dir) -> dict:
+    """Loss and norm curves of both trainings, from their metrics files."""
+
+    def series(folder, name):
+        points = [(row["step"], row[name]) for row in read_metrics(folder) if row.get(name) is not None]
+        return np.array(points, float).reshape(-1, 2)
+
+    return {
+        "teacher loss": {"diffusion": series(teacher_dir, "diffusion/loss")},
+        "student losses": {"sCM": series(workdir, "scm/loss"), "DMD": series(workdir, "dmd/loss")},
+        "fake score loss": {"critic": series(workdir, "critic/loss")},
+        "norms": {
+            "tangent": series(workdir, "scm/tangent_norm"),
+            "student gradient": series(workdir, "student/grad_norm"),
+        },
+    }

@@ -1,0 +1,43 @@
+"""What the scripts share: flags, configs from files, errors in one line."""
+
+import pathlib
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # run from a checkout without installing
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parse flags, run main; what the user can mend (flags, config, files) ends as one line and exit status 2."""
+
+    def guarded(argv):
+        logging.set_verbosity(logging.WARNING)  # the libraries' running commentary
+        try:
+            if len(argv) > 1:
+                raise ValueError(f"unknown argument {argv[1]!r}: flags look like --name=value")
+            main()
+        except (ValueError, FileNotFoundError) as error:
+            fail(error)
+
+    def parse(argv):
+        try:
+            return app.parse_flags_with_usage(argv)
+        except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
+            fail(error)  # an override of a key that the config lacks, or of another type
+
+    app.run(guarded, flags_parser=parse)
+
+
+def fail(error) -> None:
+    """One line on stderr and exit status 2."""
+    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def config_flag() -> flags.FlagHolder:
+    """--config=FILE with overrides --config.key=value."""
+    return config_flags.DEFINE_config_file("config", None, "File with get_config(); --config.KEY=VALUE changes a key.")

@@ -1,0 +1,80 @@
+"""Train: python scripts/train.py --config=configs/digits.py --workdir=DIR [--config.key=value …]
+
+Pretrains a teacher in DIR/teacher if config.teacher names none, distils it into DIR, and writes DIR/report/.
+Started again on the same DIR it goes on from the newest checkpoint.
+"""
+
+import common  # noqa: I001  (puts the checkout on the path)
+import pathlib
+import time
+
+import jax
+from absl import flags
+
+from rcm_jax import checkpoint, denoiser, experiment, trainer
+from rcm_jax.data import DATASETS
+from rcm_jax.data.dataset import batches
+from rcm_jax.evaluate.distillation import write_distillation_report, write_samples
+from rcm_jax.sharding import check_batch, make_mesh
+from rcm_jax.steps import Velocities, diffusion_method, rcm_method
+from rcm_jax.train_state import Teacher
+
+CONFIG = common.config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics, samples and the report go.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main():
+    started = time.time()
+    values = CONFIG.value.to_dict()
+    run = experiment.from_mapping(values)
+    mesh = make_mesh(run.mesh)
+    for train in (run.pretrain.train, run.train):
+        check_batch(train.batch_size, mesh)
+    workdir = pathlib.Path(WORKDIR.value)
+    dataset = DATASETS[run.data]()
+    network = experiment.make_network(run, dataset.sample_shape, dataset.uncond)
+    abstract = jax.eval_shape(network.init, jax.random.key(0))
+    if run.teacher:
+        experiment.check_teacher(run)
+    checkpoint.claim_workdir(workdir, values)
+    try:
+        folder = pathlib.Path(run.teacher) if run.teacher else pretrain(run, workdir, mesh, dataset, network, abstract)
+        params = checkpoint.restore_item(folder, "ema", trainer.abstract_params(abstract, mesh))
+        teacher = Teacher(params, dataset.uncond)
+        state = distil(run, workdir, mesh, dataset, network, abstract, teacher)
+    except trainer.Interrupted as stop:
+        print(stop)
+        return
+    print(f"trained in {(time.time() - started) / 60:.1f} min; evaluating")
+    print(write_distillation_report(run, workdir, folder, dataset, network.F, teacher, state.ema))
+    print(f"{workdir / 'report'}: report.png, report.json ({(time.time() - started) / 60:.1f} min in all)")
+
+
+def pretrain(run, workdir, mesh, dataset, network, abstract):
+    """Train the teacher in workdir/teacher and return that folder; finished already: nothing to do."""
+    folder = workdir / "teacher"
+    checkpoint.claim_workdir(folder, experiment.teacher_values(run))
+    method = diffusion_method(run.pretrain.method, network.F, dataset.uncond)
+    key = jax.random.key(run.seed)
+    state, shardings = trainer.place_state(method, abstract, mesh, key, experiment.make_params(network))
+    trainer.fit(
+        method, state, shardings, None, batches(dataset.train, run.pretrain.train.batch_size, run.seed),
+        config=run.pretrain.train, workdir=folder, mesh=mesh, key=jax.random.fold_in(key, 1), label="teacher")
+    return folder
+
+
+def distil(run, workdir, mesh, dataset, network, abstract, teacher):
+    """rCM from the teacher; returns the last state."""
+    velocities = Velocities(
+        student=network.F, teacher=denoiser.guided(network.F, run.rcm.guidance), fake_score=network.F)
+    method = rcm_method(run.rcm, velocities)
+    state, shardings = trainer.place_state(method, abstract, mesh, teacher.params)
+    return trainer.fit(
+        method, state, shardings, teacher, batches(dataset.train, run.train.batch_size, run.seed + 1),
+        config=run.train, workdir=workdir, mesh=mesh, key=jax.random.fold_in(jax.random.key(run.seed), 2), label="rCM",
+        on_sample=lambda state, step: write_samples(run, workdir, dataset, network.F, state.ema, step))
+
+
+if __name__ == "__main__":
+    common.run(main)

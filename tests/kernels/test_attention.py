@@ -1,0 +1,364 @@
+"""flash_attention, every implementation of it, against plain float64 attention differentiated by JAX.
+
+Errors are relative to the largest entry of the expected array. Where a test does not say otherwise it runs in float64,
+in which a wrong formula shows and rounding does not.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from kernels import attention, bench, blockwise
+from kernels.attention import flash_attention
+from kernels.workloads import WORKLOADS, Workload
+
+# Relative to the largest entry. bfloat16 has 8 bits: o, and o as a residual of the derivatives, are rounded to 2⁻⁹.
+TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 1.5e-2}
+
+SHAPES = {  # b, queries, keys, n, d
+    "one_tile": (2, 8, 8, 3, 16),
+    "tiles": (2, 32, 32, 3, 32),
+    "ragged": (1, 37, 37, 2, 64),
+    "cross": (2, 41, 23, 2, 128),
+    "one_query": (1, 1, 19, 2, 16),
+}
+CASES = [(shape, "float64") for shape in SHAPES]
+CASES += [(shape, dtype) for shape in ("ragged", "cross") for dtype in ("float32", "bfloat16")]
+SUBSETS = [live for live in itertools.product((True, False), repeat=3) if any(live)]
+
+# Small tiles of two sizes, so that both loops run and both lengths leave a ragged tail.
+SMALL = blockwise.Tiles(queries=8, keys=16)
+CANDIDATES = {
+    **attention.IMPLEMENTATIONS,
+    "blockwise_small": attention.Implementation(
+        *(functools.partial(f, tiles=SMALL) for f in attention.IMPLEMENTATIONS["blockwise"])
+    ),
+}
+REMAT = {
+    "no remat": lambda f: f,
+    "remat": jax.checkpoint,
+    "remat but o and lse": functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+    ),
+}
+
+
+def plain(q, k, v, scale=None):
+    """The oracle, independent of the package: JAX differentiates it."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    s = jnp.einsum("blnd,bmnd->bnlm", q, k) * scale
+    return jnp.einsum("bnlm,bmnd->blnd", jax.nn.softmax(s, axis=-1), v)
+
+
+@functools.cache
+def arrays(shape, dtype="float64"):
+    """(q, k, v, dq, dk, dv, g) as numpy arrays, drawn once for each shape and rounded to dtype."""
+    b, l, m, n, d = SHAPES[shape]
+    rng = np.random.default_rng(0)
+    sizes = [(b, l, n, d), (b, m, n, d), (b, m, n, d)]
+    return tuple(np.asarray(rng.normal(size=size), jnp.dtype(dtype)) for size in (*sizes, *sizes, sizes[0]))
+
+
+def exact(x):
+    return np.asarray(x, np.float64)
+
+
+def close(actual, expected, tolerance):
+    """Compares two trees of arrays."""
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(exact(a), exact(e), rtol=0, atol=tolerance * np.abs(exact(e)).max()),
+        actual,
+        expected,
+    )
+
+
+def equations(jaxpr):
+    """Every equation of a jaxpr and of those inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def count(primitive, function, *args):
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return sum(equation.primitive.name == primitive for equation in equations(jaxpr))
+
+
+def value_tangent_gradient(attend, q, k, v, dq, dk, dv, g):
+    o, do = jax.jvp(attend, (q, k, v), (dq, dk, dv))
+    return o, do, jax.vjp(attend, q, k, v)[1](g)
+
+
+@functools.cache
+def expected_of(shape, dtype):
+    """The oracle's value, tangent and gradients, in float64, of inputs rounded to dtype."""
+    with jax.enable_x64(True):
+        args = (exact(x) for x in arrays(shape, dtype))
+        return jax.tree.map(np.asarray, jax.jit(functools.partial(value_tangent_gradient, plain))(*args))
+
+
+def network(attend, remat, parameters, x):
+    """Blocks of self- and cross-attention under scan; parameters (weights [blocks, 4, d, d], text)."""
+    weights, text = parameters
+
+    @remat
+    def block(x, w):
+        x = x + attend(x @ w[0], x @ w[1], x @ w[2])
+        return x + attend(x @ w[3], text, text), None
+
+    return jax.lax.scan(block, x, weights)[0]
+
+
+def gradient_of_jvp(attend, remat, parameters, x, dx):
+    """(gradient, tangent) of a loss like the consistency loss: of a network's value and its stopped tangent."""
+
+    def loss(parameters):
+        f, df = jax.jvp(lambda x: network(attend, remat, parameters, x), (x,), (dx,))
+        return jnp.sum(jnp.sin(f) * jax.lax.stop_gradient(f + df)), df
+
+    return jax.grad(loss, has_aux=True)(parameters)
+
+
+@pytest.fixture(scope="module")
+def consistency():
+    """((parameters, x, dx), the oracle's gradient_of_jvp of them)."""
+    rng = np.random.default_rng(1)
+    parameters = 0.3 * rng.normal(size=(2, 4, 16, 16)), rng.normal(size=(1, 11, 2, 16))
+    inputs = (parameters, rng.normal(size=(1, 21, 2, 16)), rng.normal(size=(1, 21, 2, 16)))
+    with jax.enable_x64(True):
+        expected = jax.jit(functools.partial(gradient_of_jvp, plain, REMAT["no remat"]))(*inputs)
+        return inputs, jax.tree.map(np.asarray, expected)
+
+
+@pytest.fixture(params=CANDIDATES)
+def attend(request, monkeypatch):
+    """flash_attention of each implementation."""
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, request.param, CANDIDATES[request.param])
+    return functools.partial(flash_attention, implementation=request.param)
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.usefixtures("x64")
+class TestEveryImplementation:
+    @pytest.mark.parametrize(("shape", "dtype"), CASES)
+    def test_value_tangent_and_gradients(self, attend, shape, dtype):
+        args = arrays(shape, dtype)
+        actual = jax.jit(functools.partial(value_tangent_gradient, attend))(*args)
+        assert {x.dtype for x in jax.tree.leaves(actual)} == {jnp.dtype(dtype)}
+        close(actual, expected_of(shape, dtype), TOLERANCE[dtype])
+
+    @pytest.mark.parametrize("live", SUBSETS)
+    def test_any_subset_may_move(self, attend, live):
+        *primals, dq, dk, dv, g = arrays("cross")
+        moving = [x for x, alive in zip(primals, live, strict=True) if alive]
+        directions = [x for x, alive in zip((dq, dk, dv), live, strict=True) if alive]
+
+        def partial(*moving):
+            rest = iter(moving)
+            return attend(*(next(rest) if alive else x for x, alive in zip(primals, live, strict=True)))
+
+        def derivatives():
+            return jax.jvp(partial, moving, directions)[1], jax.vjp(partial, *moving)[1](g)
+
+        still = [x if alive else np.zeros_like(x) for x, alive in zip((dq, dk, dv), live, strict=True)]
+        with_zeros = jax.jvp(plain, primals, still)[1]
+        gradients = tuple(x for x, alive in zip(expected_of("cross", "float64")[2], live, strict=True) if alive)
+        close(jax.jit(derivatives)(), (with_zeros, gradients), TOLERANCE["float64"])
+
+    @pytest.mark.parametrize("live", SUBSETS)
+    def test_backward_is_the_transpose_of_tangent(self, attend, live):
+        q, k, v, *directions, g = (jnp.asarray(x) for x in arrays("cross"))
+        implementation = attention.IMPLEMENTATIONS[attend.keywords["implementation"]]
+        directions = [x if alive else None for x, alive in zip(directions, live, strict=True)]
+        residuals = (q, k, v, *implementation.forward(q, k, v, 0.1))
+        do = implementation.tangent(*residuals, *directions, 0.1)
+        gradients = implementation.backward(*residuals, g, live, 0.1)
+        assert [x is not None for x in gradients] == list(live)
+        both = sum((x * y).sum() for x, y in zip(gradients, directions, strict=True) if x is not None)
+        close(both, (g * do).sum(), 1e-11)  # of two sums that cancel
+
+    def test_scale(self, attend):
+        q, k, v, *_ = arrays("ragged")
+        close(attend(q, k, v, scale=0.7), plain(q, k, v, 0.7), TOLERANCE["float64"])
+
+    def test_large_scores(self, attend):
+        """Scores near 10⁴ in float32, where exp overflows at 89."""
+        q, *rest = arrays("ragged", "float32")
+        result = jax.jit(functools.partial(value_tangent_gradient, attend))(1e3 * q, *rest)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(result))
+        close(result[0], plain(1e3 * exact(q), *map(exact, rest[:2])), 5e-3)  # scores are rounded to 10⁻³
+
+    def test_eager(self, attend):
+        close(value_tangent_gradient(attend, *arrays("cross")), expected_of("cross", "float64"), TOLERANCE["float64"])
+
+    @pytest.mark.parametrize("remat", REMAT)
+    def test_gradient_of_jvp(self, attend, consistency, remat):
+        inputs, expected = consistency
+        close(jax.jit(functools.partial(gradient_of_jvp, attend, REMAT[remat]))(*inputs), expected, 1e-11)
+
+    def test_jvp_of_vjp(self, attend, consistency):
+        """The same gradient with value and pull-back differentiated forwards."""
+        (parameters, x, dx), expected = consistency
+
+        def gradient(parameters, x, dx):
+            def value_and_pull_back(x):
+                return jax.vjp(lambda parameters: network(attend, jax.checkpoint, parameters, x), parameters)
+
+            (f, pull_back), (df, _) = jax.jvp(value_and_pull_back, (x,), (dx,))
+            return pull_back(jnp.cos(f) * (f + df))[0], df
+
+        close(jax.jit(gradient)(parameters, x, dx), expected, 1e-11)
+
+    def test_tangent_is_a_linear_function(self, attend):
+        """With constant q, k, v, the gradient of ⟨g, ȯ⟩ with respect to the tangents is that of ⟨g, o⟩."""
+        q, k, v, dq, dk, dv, g = arrays("ragged")
+        inner = jax.grad(lambda *tangents: jnp.vdot(g, jax.jvp(attend, (q, k, v), tangents)[1]), argnums=(0, 1, 2))
+        close(jax.jit(inner)(dq, dk, dv), expected_of("ragged", "float64")[2], TOLERANCE["float64"])
+
+    @pytest.mark.parametrize(("text", "check_vma"), [("sharded", True), ("replicated", True), ("replicated", False)])
+    def test_shard_map(self, attend, text, check_vma):
+        """Heads over four devices, batch over two; replicated keys and values need their cotangents summed."""
+        rng = np.random.default_rng(2)
+        q, k, v = (rng.normal(size=(4, l, 4, 16)) for l in (21, 19, 19))
+        dq, dk, dv, g = (rng.normal(size=x.shape) for x in (q, k, v, q))
+        if text == "replicated":
+            k, v, dk, dv = (x[:2] for x in (k, v, dk, dv))
+        mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(AxisType.Auto,) * 2)
+        spec = PartitionSpec("data", None, "seq")
+        text_spec = spec if text == "sharded" else PartitionSpec(None, None, "seq")
+        sharded = jax.shard_map(
+            attend, mesh=mesh, in_specs=(spec, text_spec, text_spec), out_specs=spec, check_vma=check_vma
+        )
+
+        def whole(q, k, v):
+            k, v = (jnp.concatenate([x] * (4 // x.shape[0])) for x in (k, v))
+            return plain(q, k, v)
+
+        args = (q, k, v, dq, dk, dv, g)
+        close(
+            jax.jit(functools.partial(value_tangent_gradient, sharded))(*args),
+            jax.jit(functools.partial(value_tangent_gradient, whole))(*args),
+            TOLERANCE["float64"],
+        )
+
+    def test_constants_cost_nothing(self, attend):
+        """Products of [tokens, tokens] or [tokens, features]: two in the value, one in P, and one or two a tangent."""
+        q, k, v, dq, dk, dv, g = arrays("one_tile")
+
+        def moving_q(q, dq):
+            return jax.jvp(lambda q: attend(q, k, v), (q,), (dq,))
+
+        def moving_v(v, dv):
+            return jax.jvp(lambda v: attend(q, k, v), (v,), (dv,))
+
+        def moving_all(*tangents):
+            return jax.jvp(attend, (q, k, v), tangents)
+
+        assert count("dot_general", attend, q, k, v) == 2
+        assert count("dot_general", moving_all, dq, dk, dv) == 2 + 5
+        assert count("dot_general", moving_q, q, dq) == 2 + 3
+        assert count("dot_general", moving_v, v, dv) == 2 + 2
+
+        def products_of_gradient(argnums):  # the reference has a small product more: rowsum(G∘O)
+            extra = attend.keywords["implementation"] == "reference" and argnums != (2,)
+            loss = jax.grad(lambda *x: jnp.sum(g * attend(*x)), argnums)
+            return count("dot_general", loss, q, k, v) - extra
+
+        assert products_of_gradient((0, 1, 2)) == 2 + 5
+        assert products_of_gradient((0,)) == 2 + 3
+        assert products_of_gradient((2,)) == 2 + 2
+
+    def test_saved_names_spare_the_second_forward_pass(self, attend):
+        q, k, v, *_, g = arrays("one_tile")
+
+        def products(remat):
+            return count("dot_general", jax.grad(lambda q: jnp.sum(g * REMAT[remat](attend)(q, k, v))), q)
+
+        assert products("remat but o and lse") == products("no remat") == products("remat") - 2
+
+
+class TestBlockwise:
+    @pytest.mark.parametrize("name", ["wan_14b", "cosmos_2b", "wan_14b_cross", "cpu_8192", "cpu_2048"])
+    def test_no_array_outgrows_the_tokens(self, name):
+        w = WORKLOADS[name]
+        q = jax.ShapeDtypeStruct((w.batch, w.q_len, w.heads, w.head_dim), "bfloat16")
+        k = jax.ShapeDtypeStruct((w.batch, w.k_len, w.heads, w.head_dim), "bfloat16")
+        for function in bench.passes(flash_attention, w.cross).values():
+            jaxpr = jax.make_jaxpr(function)(q, k, k, q, k, k, q).jaxpr
+            largest = max(np.prod(x.aval.shape) for e in equations(jaxpr) for x in e.outvars)
+            tile = w.batch * w.heads * np.prod(blockwise.TILES)
+            assert largest <= max(1.05 * q.size, tile)
+
+    def test_one_tile_has_neither_loop_nor_padding(self):
+        for function in bench.passes(flash_attention, cross=False).values():
+            args = [jnp.ones((2, 17, 2, 8))] * 7
+            assert count("scan", function, *args) == count("pad", function, *args) == 0
+
+    @pytest.mark.parametrize("length", [1, 8, 9, 31, 32, 33, 100, 1000])
+    def test_cut(self, length):
+        count, size = blockwise._cut(length, 32)
+        assert size <= 32
+        assert (count - 1) * size < length <= count * size
+        assert count == -(-length // 32)
+
+    def test_memory_at_8192_tokens(self):
+        """At most a tenth of the plain jvp's scratch memory, by XLA's analysis of the compiled programs."""
+        for row in bench.report(WORKLOADS["cpu_8192"], "float32", "blockwise", repeats=0)["rows"]:
+            assert row["memory_ratio"] >= 10, row
+
+
+class TestInputs:
+    @pytest.mark.parametrize(
+        ("q", "k", "v", "error", "message"),
+        [
+            ((2, 8, 16), (2, 8, 16), (2, 8, 16), ValueError, r"four axes"),
+            ((2, 8, 4, 16), (3, 8, 4, 16), (3, 8, 4, 16), ValueError, r"equal batch sizes.*q \(2, .*k \(3, "),
+            ((2, 8, 4, 16), (2, 8, 2, 16), (2, 8, 2, 16), ValueError, r"equal numbers of heads.*repeat"),
+            ((2, 8, 4, 16), (2, 8, 4, 16), (2, 8, 4, 32), ValueError, r"equal feature sizes.*32"),
+            ((2, 8, 4, 16), (2, 9, 4, 16), (2, 7, 4, 16), ValueError, r"9 keys and 7 values"),
+            ((2, 0, 4, 16), (2, 8, 4, 16), (2, 8, 4, 16), ValueError, r"at least 1"),
+            ((2, 8, 4, 16), (2, 0, 4, 16), (2, 0, 4, 16), ValueError, r"at least 1"),
+        ],
+    )
+    def test_shapes(self, q, k, v, error, message):
+        with pytest.raises(error, match=message):
+            flash_attention(jnp.ones(q), jnp.ones(k), jnp.ones(v))
+
+    def test_dtypes(self):
+        x = jnp.ones((1, 8, 2, 4))
+        with pytest.raises(TypeError, match=r"q float32, k bfloat16, v float32: cast"):
+            flash_attention(x, x.astype(jnp.bfloat16), x)
+        with pytest.raises(TypeError, match=r"floating point arrays, got int32"):
+            flash_attention(*[x.astype(jnp.int32)] * 3)
+
+    def test_implementations(self):
+        x = jnp.ones((1, 8, 2, 4))
+        with pytest.raises(ValueError, match=r"'cudnn'.*'auto', 'reference', 'blockwise'"):
+            flash_attention(x, x, x, implementation="cudnn")
+        assert attention._choose("auto") is attention.IMPLEMENTATIONS["blockwise"]
+
+
+class TestBench:
+    def test_workloads(self):
+        assert all(name == w.name and w.cross == name.endswith("_cross") for name, w in WORKLOADS.items())
+
+    @pytest.mark.parametrize("k_len", [24, 16])
+    def test_report(self, k_len, capsys):
+        result = bench.report(Workload("tiny", 1, 24, k_len, 1, 8), "float32", "auto", repeats=1)
+        bench.show(result)
+        assert [row["pass"] for row in result["rows"]] == ["forward", "forward + tangent", "forward + backward"]
+        assert all(row["time_ratio"] > 0 for row in result["rows"])
+        assert "24 queries" in capsys.readouterr().out
