@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from rcm_jax import checkpoint, denoiser, samplers
 from rcm_jax.config import build, flatten
+from rcm_jax.data import DATASETS
 from rcm_jax.models import NETWORKS, DiTConfig
 from rcm_jax.sharding import MeshConfig
 from rcm_jax.steps import DiffusionConfig, RcmConfig
@@ -42,18 +43,15 @@ class SamplingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-    """One training run, whole."""
+class Pretraining:
+    """What makes a teacher, whole: the config of a teacher's workdir."""
 
     seed: int
     data: str
     model: DiTConfig
-    parametrization: str
-    time_scale: float
-    teacher: str              # a training workdir; "": pretrain one first
+    parametrization: str      # what the network predicts, and of what
+    time_scale: float         # the network is given time_scale × its own time
     pretrain: PretrainConfig
-    rcm: RcmConfig
-    train: TrainConfig
     sampling: SamplingConfig
     mesh: MeshConfig
 
@@ -61,34 +59,44 @@ class Experiment:
         if self.parametrization not in denoiser.PARAMETRIZATIONS:
             raise ValueError(f"parametrization {self.parametrization!r} is none of "
                              f"{', '.join(denoiser.PARAMETRIZATIONS)}")
+        if self.data not in DATASETS:
+            raise ValueError(f"data {self.data!r} is none of {', '.join(DATASETS)}")
 
 
-def from_mapping(values: dict) -> Experiment:
-    """An experiment from a nested mapping; ValueError that names the key if one is unknown, missing or ill-typed."""
-    return build(Experiment, values, kinds=KINDS)
+@dataclasses.dataclass(frozen=True)
+class Experiment(Pretraining):
+    """A distillation, whole, with the pretraining of its teacher."""
+
+    teacher: str              # workdir of a teacher; "": pretrain one first
+    rcm: RcmConfig
+    train: TrainConfig
 
 
 # What a teacher and its student must agree on.
-TEACHER_KEYS = ("data", "model", "parametrization", "time_scale")
+SHARED_WITH_TEACHER = ("data", "model", "parametrization", "time_scale")
 
 
-def teacher_values(run: Experiment) -> dict:
-    """The part of an experiment that makes its teacher: the config of the teacher's own workdir."""
-    values = dataclasses.asdict(run)
-    return {key: values[key] for key in (*TEACHER_KEYS, "seed", "mesh", "pretrain")}
+def from_mapping(values: dict) -> Pretraining:
+    """An Experiment from a nested mapping, or a Pretraining if it has no key rcm; ValueError that names a bad key."""
+    return build(Experiment if "rcm" in values else Pretraining, values, kinds=KINDS)
 
 
-def check_teacher(run: Experiment) -> None:
-    """ValueError unless config.teacher is the workdir of a teacher for the same data and network."""
-    there = checkpoint.read_config(run.teacher)
+def teacher_values(values: dict) -> dict:
+    """The part of an experiment's mapping that makes its teacher."""
+    return {field.name: values[field.name] for field in dataclasses.fields(Pretraining)}
+
+
+def check_teacher(values: dict) -> None:
+    """ValueError unless values["teacher"] is the workdir of a teacher for the same data and network."""
+    folder = values["teacher"]
+    there = checkpoint.read_config(folder)
     if "rcm" in there:
-        raise ValueError(f"{run.teacher} holds a distilled student; its teacher may be in {run.teacher}/teacher")
-    pick = lambda values: flatten({key: values.get(key) for key in TEACHER_KEYS})
-    theirs, ours = pick(there), pick(teacher_values(run))
+        raise ValueError(f"{folder} holds a distilled student; its own teacher may be in {folder}/teacher")
+    theirs, ours = (flatten({key: v.get(key) for key in SHARED_WITH_TEACHER}) for v in (there, values))
     differing = [f"{key} is {theirs.get(key)} there, {ours.get(key)} here"
                  for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
     if differing:
-        raise ValueError(f"the teacher in {run.teacher} does not fit this config: {'; '.join(differing)}")
+        raise ValueError(f"the teacher in {folder} does not fit this config: {'; '.join(differing)}")
 
 
 class Network(NamedTuple):
@@ -98,9 +106,9 @@ class Network(NamedTuple):
     F: denoiser.Velocity
 
 
-def make_network(experiment: Experiment, sample_shape, uncond) -> Network:
+def make_network(run: Pretraining, sample_shape, uncond) -> Network:
     """The network of an experiment on samples [b, *sample_shape]; conditions are keyword arguments of its module."""
-    module = NETWORKS[type(experiment.model)](experiment.model)
+    module = NETWORKS[type(run.model)](run.model)
 
     def init(key):
         one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], uncond)
@@ -109,7 +117,7 @@ def make_network(experiment: Experiment, sample_shape, uncond) -> Network:
     def net(params, x, time, cond):
         return module.apply({"params": params}, x, time, **cond)
 
-    return Network(init, denoiser.PARAMETRIZATIONS[experiment.parametrization](net, experiment.time_scale))
+    return Network(init, denoiser.PARAMETRIZATIONS[run.parametrization](net, run.time_scale))
 
 
 def make_params(network: Network) -> Callable:

@@ -19,22 +19,23 @@ def run(main: Callable[[], None]) -> None:
             if len(argv) > 1:
                 raise ValueError(f"unknown argument {argv[1]!r}: flags look like --name=value")
             main()
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             fail(error)
 
     def parse(argv):
         try:
             return app.parse_flags_with_usage(argv)
-        except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
-            fail(error)  # an override of a key that the config lacks, or of another type
+        except (AttributeError, KeyError) as error:  # an override of a key that the config lacks
+            fail(f"unknown config key {error.args[0]}")
+        except (TypeError, ValueError, OSError) as error:
+            fail(error)
 
     app.run(guarded, flags_parser=parse)
 
 
 def fail(error) -> None:
     """One line on stderr and exit status 2."""
-    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(2)
 
 

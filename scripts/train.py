@@ -36,10 +36,13 @@ def main():
     network = experiment.make_network(run, dataset.sample_shape, dataset.uncond)
     abstract = jax.eval_shape(network.init, jax.random.key(0))
     if run.teacher:
-        experiment.check_teacher(run)
+        experiment.check_teacher(values)
     checkpoint.claim_workdir(workdir, values)
     try:
-        folder = pathlib.Path(run.teacher) if run.teacher else pretrain(run, workdir, mesh, dataset, network, abstract)
+        folder = pathlib.Path(run.teacher or workdir / "teacher")
+        if not run.teacher:
+            checkpoint.claim_workdir(folder, experiment.teacher_values(values))
+            pretrain(run, folder, mesh, dataset, network, abstract)
         params = checkpoint.restore_item(folder, "ema", trainer.abstract_params(abstract, mesh))
         teacher = Teacher(params, dataset.uncond)
         state = distil(run, workdir, mesh, dataset, network, abstract, teacher)
@@ -51,17 +54,14 @@ def main():
     print(f"{workdir / 'report'}: report.png, report.json ({(time.time() - started) / 60:.1f} min in all)")
 
 
-def pretrain(run, workdir, mesh, dataset, network, abstract):
-    """Train the teacher in workdir/teacher and return that folder; finished already: nothing to do."""
-    folder = workdir / "teacher"
-    checkpoint.claim_workdir(folder, experiment.teacher_values(run))
+def pretrain(run, folder, mesh, dataset, network, abstract):
+    """Train the teacher in folder; finished already: nothing to do."""
     method = diffusion_method(run.pretrain.method, network.F, dataset.uncond)
     key = jax.random.key(run.seed)
     state, shardings = trainer.place_state(method, abstract, mesh, key, experiment.make_params(network))
     trainer.fit(
         method, state, shardings, None, batches(dataset.train, run.pretrain.train.batch_size, run.seed),
         config=run.pretrain.train, workdir=folder, mesh=mesh, key=jax.random.fold_in(key, 1), label="teacher")
-    return folder
 
 
 def distil(run, workdir, mesh, dataset, network, abstract, teacher):

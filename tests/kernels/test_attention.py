@@ -202,7 +202,8 @@ class TestEveryImplementation:
         close(result[0], plain(1e3 * exact(q), *map(exact, rest[:2])), 5e-3)  # scores are rounded to 10⁻³
 
     def test_eager(self, attend):
-        close(value_tangent_gradient(attend, *arrays("cross")), expected_of("cross", "float64"), TOLERANCE["float64"])
+        expected = expected_of("one_tile", "float64")
+        close(value_tangent_gradient(attend, *arrays("one_tile")), expected, TOLERANCE["float64"])
 
     @pytest.mark.parametrize("remat", REMAT)
     def test_gradient_of_jvp(self, attend, consistency, remat):
