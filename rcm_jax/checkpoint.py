@@ -15,18 +15,21 @@ import orbax.checkpoint as ocp
 from rcm_jax.config import flatten
 from rcm_jax.train_state import TrainState
 
-# Keys that may change between a run and its continuation: they decide when it stops and what it shows, not what it learns.
+# What may change between a run and its continuation: when it stops and what it shows, not what it learns.
 MAY_CHANGE = ("train.steps", "train.log_every", "train.checkpoint_every", "train.sample_every", "train.keep")
 
 
 def claim_workdir(workdir, values: dict) -> None:
-    """Write config.json into a new workdir; in an old one, ValueError unless it is of the same config (see MAY_CHANGE)."""
+    """Write config.json into a new workdir; ValueError if an old one is of another config (but see MAY_CHANGE)."""
     workdir = pathlib.Path(workdir)
     path = workdir / "config.json"
     if path.exists():
         there, here = flatten(read_config(workdir)), flatten(values)
-        differing = [key for key in sorted(there.keys() | here.keys())
-                     if there.get(key) != here.get(key) and not key.endswith(MAY_CHANGE)]
+        differing = [
+            key
+            for key in sorted(there.keys() | here.keys())
+            if there.get(key) != here.get(key) and not key.endswith(MAY_CHANGE)
+        ]
         if differing:
             shown = "; ".join(f"{key} is {there.get(key)} there, {here.get(key)} here" for key in differing[:5])
             more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
@@ -70,7 +73,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, data) -> None:
 
 
 def restore(manager: ocp.CheckpointManager, abstract: TrainState, data) -> TrainState | None:
-    """The newest state, placed as the shardings of `abstract` say, with `data` moved to its position; None if there is none."""
+    """The newest state, placed as the shardings of `abstract` say, and `data` moved to its position; None if none."""
     step = manager.latest_step()
     if step is None:
         return None

@@ -18,8 +18,11 @@ def build(cls, values, where: str = "config", kinds: Mapping[str, type] = types.
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields)):
         raise ValueError(f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(fields)}")
-    required = {name for name, f in fields.items()
-                if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    required = {
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
     if missing := sorted(required - set(values)):
         raise ValueError(f"{where}: missing key {', '.join(missing)}")
     hints = typing.get_type_hints(cls)
@@ -54,7 +57,8 @@ def _convert_plain(options, value, where):
             items = typing.get_args(option)
             items = (items[0],) * len(value) if items[-1] is Ellipsis else items
             if len(items) == len(value):
-                return tuple(_convert(item, v, f"{where}[{i}]", {}) for i, (item, v) in enumerate(zip(items, value)))
+                pairs = enumerate(zip(items, value, strict=True))
+                return tuple(_convert(item, v, f"{where}[{i}]", {}) for i, (item, v) in pairs)
         if option is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):

@@ -54,7 +54,9 @@ def guided(F: Velocity, guidance: float) -> Velocity:
 
     def velocity(params, x, t, conds):
         cond, uncond = conds
-        both = jax.tree.map(lambda c, u: jnp.concatenate([c, jnp.broadcast_to(u, c.shape).astype(c.dtype)]), cond, uncond)
+        both = jax.tree.map(
+            lambda c, u: jnp.concatenate([c, jnp.broadcast_to(u, c.shape).astype(c.dtype)]), cond, uncond
+        )
         F_c, F_u = jnp.split(F(params, jnp.concatenate([x, x]), jnp.concatenate([t, t]), both), 2)
         return F_u + guidance * (F_c - F_u)
 

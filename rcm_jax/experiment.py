@@ -34,7 +34,7 @@ class SamplingConfig:
 
     sigma_max: float
     mid_times: tuple[tuple[float, ...], ...]
-    teacher_shift: float = 1.0    # of the teacher's Euler grid, uniform in rectified-flow time before the shift
+    teacher_shift: float = 1.0  # of the teacher's Euler grid, uniform in rectified-flow time before the shift
 
     def __post_init__(self):
         for k, times in enumerate(self.mid_times, 1):
@@ -49,16 +49,17 @@ class Pretraining:
     seed: int
     data: str
     model: DiTConfig
-    parametrization: str      # what the network predicts, and of what
-    time_scale: float         # the network is given time_scale × its own time
+    parametrization: str  # what the network predicts, and of what
+    time_scale: float  # the network is given time_scale × its own time
     pretrain: PretrainConfig
     sampling: SamplingConfig
     mesh: MeshConfig
 
     def __post_init__(self):
         if self.parametrization not in denoiser.PARAMETRIZATIONS:
-            raise ValueError(f"parametrization {self.parametrization!r} is none of "
-                             f"{', '.join(denoiser.PARAMETRIZATIONS)}")
+            raise ValueError(
+                f"parametrization {self.parametrization!r} is none of {', '.join(denoiser.PARAMETRIZATIONS)}"
+            )
         if self.data not in DATASETS:
             raise ValueError(f"data {self.data!r} is none of {', '.join(DATASETS)}")
 
@@ -67,7 +68,7 @@ class Pretraining:
 class Experiment(Pretraining):
     """A distillation, whole, with the pretraining of its teacher."""
 
-    teacher: str              # workdir of a teacher; "": pretrain one first
+    teacher: str  # workdir of a teacher; "": pretrain one first
     rcm: RcmConfig
     train: TrainConfig
 
@@ -93,8 +94,11 @@ def check_teacher(values: dict) -> None:
     if "rcm" in there:
         raise ValueError(f"{folder} holds a distilled student; its own teacher may be in {folder}/teacher")
     theirs, ours = (flatten({key: v.get(key) for key in SHARED_WITH_TEACHER}) for v in (there, values))
-    differing = [f"{key} is {theirs.get(key)} there, {ours.get(key)} here"
-                 for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
+    differing = [
+        f"{key} is {theirs.get(key)} there, {ours.get(key)} here"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key)
+    ]
     if differing:
         raise ValueError(f"the teacher in {folder} does not fit this config: {'; '.join(differing)}")
 
@@ -131,8 +135,9 @@ def student_sampler(F: denoiser.Velocity, sampling: SamplingConfig, steps: int) 
     Step k draws its noise with fold_in(key, k), per sample: k = 0 is the noise that teacher_sampler starts from.
     """
     if not 1 <= steps <= len(sampling.mid_times):
-        raise ValueError(f"{steps} steps asked for, but sampling.mid_times covers 1 to {len(sampling.mid_times)}: "
-                         "give the mid times")
+        raise ValueError(
+            f"{steps} steps asked for, but sampling.mid_times covers 1 to {len(sampling.mid_times)}: give the mid times"
+        )
     times = samplers.student_times(sampling.sigma_max, sampling.mid_times[steps - 1])
 
     def sample(params, key, ids, cond, shape):

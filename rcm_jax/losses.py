@@ -29,8 +29,7 @@ def scm(F: denoiser.Velocity, params, x_t, t, cond, F_teacher, *, r, warmup_form
     finite contributes 0 and is counted in the metric "nonfinite".
     """
     cs = jnp.cos(t) * jnp.sin(t)
-    F_theta, dF = jax.jvp(
-        lambda x, t: F(params, x, t, cond), (x_t, t), (trigflow.expand(cs, x_t) * F_teacher, cs))
+    F_theta, dF = jax.jvp(lambda x, t: F(params, x, t, cond), (x_t, t), (trigflow.expand(cs, x_t) * F_teacher, cs))
     F_fixed, dF = stop_gradient((F_theta, dF))
     g = tangent(x_t, t, F_fixed, dF, F_teacher, r=r, warmup_form=warmup_form)
     norm = jnp.sqrt(sum_squares(g))
@@ -38,15 +37,18 @@ def scm(F: denoiser.Velocity, params, x_t, t, cond, F_teacher, *, r, warmup_form
     g = g / trigflow.expand(norm + constant, g)
     loss = jnp.where(finite, sum_squares(F_theta - F_fixed - g), 0.0)
     metrics = {
-        "loss": loss, "tangent_norm": jnp.where(finite, norm, 0.0), "nonfinite": 1.0 - finite,
-        "teacher_gap": jnp.where(finite, jnp.sqrt(sum_squares(F_fixed - F_teacher)), 0.0)}
+        "loss": loss,
+        "tangent_norm": jnp.where(finite, norm, 0.0),
+        "nonfinite": 1.0 - finite,
+        "teacher_gap": jnp.where(finite, jnp.sqrt(sum_squares(F_fixed - F_teacher)), 0.0),
+    }
     return loss, metrics
 
 
 def tangent(x_t, t, F, dF, F_teacher, *, r, warmup_form):
     """(5) g = −c·sqrt(1 − r²s²)·(F − F_T) − (r·c·s·x_t + r·dF), before normalisation; dF already carries c·s.
 
-    warmup_form "paper" multiplies the whole second part by r, "code" (the official HEAD) only c·s·x_t. Equal at r = 1.
+    warmup_form "paper" multiplies the whole second part by r, "code" (official HEAD) only c·s·x_t; equal at r=1.
     """
     if warmup_form not in WARMUP_FORMS:
         raise ValueError(f"warmup_form {warmup_form!r} is none of {', '.join(WARMUP_FORMS)}")

@@ -32,12 +32,12 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     The first update already has learning rate learning_rate/warmup_steps, not 0.
     """
     if config.b1 == 0.0:  # Adam's own bias-corrected second moment is all that is left
-        scale = optax.scale_by_rms(
-            decay=config.b2, eps=config.eps, eps_in_sqrt=False, bias_correction=True)
+        scale = optax.scale_by_rms(decay=config.b2, eps=config.eps, eps_in_sqrt=False, bias_correction=True)
     else:
         scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     return optax.chain(
-        scale, optax.add_decayed_weights(config.weight_decay), optax.scale_by_learning_rate(schedule(config)))
+        scale, optax.add_decayed_weights(config.weight_decay), optax.scale_by_learning_rate(schedule(config))
+    )
 
 
 def schedule(config: OptimizerConfig) -> optax.Schedule:
@@ -58,7 +58,7 @@ def schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def power_ema_exponent(std: float) -> float:
-    """gamma, the largest real root of [1, 7, 16 − s⁻², 12 − s⁻²] for relative width s (EDM2, arXiv 2312.02696, eq. 123)."""
+    """gamma, the largest real root of [1, 7, 16 − s⁻², 12 − s⁻²] for relative width s (EDM2, arXiv 2312.02696)."""
     if not 0 < std < 0.28:
         raise ValueError(f"EMA width {std} must be above 0 and below 0.28 (the paper has 0.05, the official code 0.1)")
     roots = np.roots([1, 7, 16 - std**-2, 12 - std**-2])

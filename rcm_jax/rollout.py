@@ -1,6 +1,6 @@
 """Backward simulation: the student's own few-step samples, on which DMD and the fake score are trained.
 
-Source: rCM, section 4 (after DMD2). Noise and times are inputs, so a rollout is a pure function that recorded draws can test.
+Source: rCM, section 4 (after DMD2). Noise and times are inputs: a rollout is a pure function that recorded draws test.
 """
 
 import jax

@@ -9,8 +9,8 @@ from rcm_jax import denoiser, trigflow
 
 def unit_noise(key, sample_ids, shape):
     """Unit noise [len(sample_ids), *shape], one key per sample: the same for any batch size or device count."""
-    draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), shape)
-    return jax.vmap(draw)(jnp.asarray(sample_ids, jnp.uint32))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(sample_ids, jnp.uint32))
+    return jax.vmap(lambda sample_key: jax.random.normal(sample_key, shape))(keys)
 
 
 def student_times(sigma_max: float, mid_times) -> np.ndarray:
@@ -18,7 +18,8 @@ def student_times(sigma_max: float, mid_times) -> np.ndarray:
     times = np.array([np.arctan(sigma_max), *mid_times], np.float32)
     if np.any(np.diff(times) >= 0) or times[-1] <= 0:
         raise ValueError(
-            f"few-step times must fall from arctan(sigma_max) = {times[0]:.4f} and stay above 0, got {times.tolist()}")
+            f"few-step times must fall from arctan(sigma_max) = {times[0]:.4f} and stay above 0, got {times.tolist()}"
+        )
     return times
 
 

@@ -11,10 +11,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 PARAMETER = ("fsdp", "seq")
 RULES = {
     "batch": ("data", "fsdp"),
-    "embed": PARAMETER,   # the model width of a matrix; its other axis stays whole
-    "features": None,     # widths of q, k, v, mlp, modulation
-    "layers": None,       # the scanned axis
-    "vector": None,       # biases, norm scales, rows of small tables
+    "embed": PARAMETER,  # the model width of a matrix; its other axis stays whole
+    "features": None,  # widths of q, k, v, mlp, modulation
+    "layers": None,  # the scanned axis
+    "vector": None,  # biases, norm scales, rows of small tables
 }
 
 
@@ -49,8 +49,10 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
     if batch_size % shards:
         below = batch_size // shards * shards
         near = f"{below} or {below + shards}" if below else f"{shards}"
-        raise ValueError(f"batch size {batch_size} does not divide over data × fsdp = "
-                         f"{mesh.shape['data']} × {mesh.shape['fsdp']} = {shards} devices; the nearest that does: {near}")
+        raise ValueError(
+            f"batch size {batch_size} does not divide over data × fsdp = "
+            f"{mesh.shape['data']} × {mesh.shape['fsdp']} = {shards} devices; nearest that does: {near}"
+        )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -75,14 +77,19 @@ def partition_spec(names, shape, mesh: Mesh) -> PartitionSpec:
     claimed = [mesh_axis for axis in axes if axis for mesh_axis in axis]
     if len(claimed) != len(set(claimed)):
         raise ValueError(f"logical axes {tuple(names)} of an array {tuple(shape)} claim a mesh axis twice: {claimed}")
-    return PartitionSpec(*(
-        axis if axis and size % math.prod(mesh.shape[name] for name in axis) == 0 else None
-        for axis, size in zip(axes, shape, strict=True)))
+    return PartitionSpec(
+        *(
+            axis if axis and size % math.prod(mesh.shape[name] for name in axis) == 0 else None
+            for axis, size in zip(axes, shape, strict=True)
+        )
+    )
 
 
 def state_sharding(abstract_state, mesh: Mesh):
     """Shardings of a state from the logical axes of its abstract, still boxed, leaves (jax.eval_shape of its init)."""
-    is_boxed = lambda leaf: isinstance(leaf, nn.Partitioned)
+
+    def is_boxed(leaf):
+        return isinstance(leaf, nn.Partitioned)
 
     def sharding(leaf):
         if not is_boxed(leaf):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from rcm_jax import denoiser, losses, trigflow
 from rcm_jax.optimizer import OptimizerConfig, ema_update, make_optimizer, power_ema_beta, power_ema_exponent
 from rcm_jax.rollout import random_times, rollout
-from rcm_jax.train_state import Learner, Teacher, TrainState, make_learner
+from rcm_jax.train_state import Teacher, TrainState, make_learner
 
 TimeDistribution = trigflow.LogNormal | trigflow.ShiftedUniform
 
@@ -42,15 +42,15 @@ class DiffusionConfig:
 class RcmConfig:
     """rCM (arXiv 2510.08431): scm_scale·sCM + dmd_scale·DMD for the student, a fake score trained in between."""
 
-    scm_time: TimeDistribution   # p_G
-    dmd_time: TimeDistribution   # p_D, of the score time and of the rollout
+    scm_time: TimeDistribution  # p_G
+    dmd_time: TimeDistribution  # p_D, of the score time and of the rollout
     student: OptimizerConfig
     fake_score: OptimizerConfig
     guidance: float
     scm_scale: float = 100.0
-    dmd_scale: float = 1.0       # lambda = dmd_scale/scm_scale; grows like sqrt(2e6/D) for small D
-    update_freq: int = 5         # one student step in so many iterations
-    warmup: int = 0              # H: iterations of sCM alone, while r grows to 1
+    dmd_scale: float = 1.0  # lambda = dmd_scale/scm_scale; grows like sqrt(2e6/D) for small D
+    update_freq: int = 5  # one student step in so many iterations
+    warmup: int = 0  # H: iterations of sCM alone, while r grows to 1
     warmup_form: str = "paper"
     max_rollout: int = 4
     ema_std: float = 0.05
@@ -59,8 +59,10 @@ class RcmConfig:
         if self.warmup_form not in losses.WARMUP_FORMS:
             raise ValueError(f"warmup_form {self.warmup_form!r} is none of {', '.join(losses.WARMUP_FORMS)}")
         if self.update_freq < 1 or self.max_rollout < 1 or self.warmup < 0:
-            raise ValueError(f"update_freq {self.update_freq} and max_rollout {self.max_rollout} must be at least 1, "
-                             f"warmup {self.warmup} at least 0")
+            raise ValueError(
+                f"update_freq {self.update_freq} and max_rollout {self.max_rollout} must be at least 1, "
+                f"warmup {self.warmup} at least 0"
+            )
 
 
 class Velocities(NamedTuple):
@@ -84,7 +86,8 @@ def rcm_method(config: RcmConfig, velocities: Velocities) -> Method:
     steps = {
         "warmup": partial(student_step, config, velocities, student, with_dmd=False),
         "student": partial(student_step, config, velocities, student, with_dmd=config.dmd_scale != 0),
-        "critic": partial(critic_step, config, velocities, fake_score)}
+        "critic": partial(critic_step, config, velocities, fake_score),
+    }
     return Method(partial(_init, student, fake_score), partial(rcm_phase, config), steps)
 
 
@@ -99,8 +102,11 @@ def _init(optimizer, fake_optimizer, params) -> TrainState:
     """Every network starts from the same parameters; each leaf is a buffer of its own, so that all can be donated."""
     copy = partial(jax.tree.map, jnp.copy)
     return TrainState(
-        step=jnp.zeros((), jnp.int32), student=make_learner(copy(params), optimizer), ema=copy(params),
-        fake_score=None if fake_optimizer is None else make_learner(copy(params), fake_optimizer))
+        step=jnp.zeros((), jnp.int32),
+        student=make_learner(copy(params), optimizer),
+        ema=copy(params),
+        fake_score=None if fake_optimizer is None else make_learner(copy(params), fake_optimizer),
+    )
 
 
 def diffusion_step(config, F, optimizer, uncond, state: TrainState, teacher: None, batch, key):
@@ -130,7 +136,8 @@ def student_step(config, velocities, optimizer, state: TrainState, teacher: Teac
 
     def loss(params):
         loss_b, scm_metrics = losses.scm(
-            velocities.student, params, x_t, t, cond, F_teacher, r=r, warmup_form=config.warmup_form)
+            velocities.student, params, x_t, t, cond, F_teacher, r=r, warmup_form=config.warmup_form
+        )
         loss_b = config.scm_scale * loss_b
         metrics = {f"scm/{k}": v for k, v in scm_metrics.items()}
         if with_dmd:
@@ -157,8 +164,7 @@ def dmd_loss(config, velocities, params, state: TrainState, teacher: Teacher, ba
 def critic_step(config, velocities, optimizer, state: TrainState, teacher: Teacher, batch, key):
     """(8) One fake-score update: regression on the student's rollout."""
     keys = named_keys(key, "rollout", "time", "noise")
-    x0 = jax.lax.stop_gradient(
-        draw_rollout(config, velocities.student, state.student.params, batch, keys["rollout"]))
+    x0 = jax.lax.stop_gradient(draw_rollout(config, velocities.student, state.student.params, batch, keys["rollout"]))
     t = config.dmd_time.sample(keys["time"], x0.shape[:1])
     eps = jax.random.normal(keys["noise"], x0.shape)
     x_t = trigflow.diffuse(x0, eps, t)

@@ -27,7 +27,7 @@ class TrainConfig:
     log_every: int = 100
     checkpoint_every: int = 1000
     sample_every: int = 1000
-    keep: int = 2            # checkpoints kept
+    keep: int = 2  # checkpoints kept
     wandb: bool = False
 
     def __post_init__(self):
@@ -59,12 +59,24 @@ def abstract_params(boxed, mesh):
     return checkpoint.abstract_like(nn.meta.unbox(boxed), state_sharding(boxed, mesh))
 
 
-def fit(method: Method, state: TrainState, shardings, teacher: Teacher | None, data, *, config: TrainConfig,
-        workdir, mesh, key, label: str, on_sample: Callable[[TrainState, int], None] | None = None) -> TrainState:
+def fit(
+    method: Method,
+    state: TrainState,
+    shardings,
+    teacher: Teacher | None,
+    data,
+    *,
+    config: TrainConfig,
+    workdir,
+    mesh,
+    key,
+    label: str,
+    on_sample: Callable[[TrainState, int], None] | None = None,
+) -> TrainState:
     """Train from the newest checkpoint of workdir, or from `state`, to config.steps; returns the last state.
 
-    state is donated. data is an iterator with get_state/set_state (rcm_jax.data.dataset.batches). on_sample(state, step)
-    is called every sample_every steps and at the end. Raises Interrupted after saving if a signal asks to stop.
+    state is donated. data is an iterator with get_state/set_state (rcm_jax.data.dataset.batches).
+    on_sample(state, step) is called every sample_every steps and at the end. Raises Interrupted after saving if a signal asks to stop.
     """
     check_batch(config.batch_size, mesh)
     compiled = compile_steps(method, shardings, key)
@@ -74,8 +86,14 @@ def fit(method: Method, state: TrainState, shardings, teacher: Teacher | None, d
         state = state if restored is None else restored
         step = int(state.step)
         writer, mean = MetricsWriter(workdir, step, config.wandb), Mean()
-        bar = tqdm(total=config.steps, initial=step, desc=label, unit="step", dynamic_ncols=True,
-                   mininterval=0.5 if sys.stderr.isatty() else 20)
+        bar = tqdm(
+            total=config.steps,
+            initial=step,
+            desc=label,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 20,
+        )
         while step < config.steps:
             batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), next(data))
             state, metrics = compiled[method.phase(step)](state, teacher, batch)
@@ -101,7 +119,7 @@ def fit(method: Method, state: TrainState, shardings, teacher: Teacher | None, d
 
 
 def compile_steps(method: Method, shardings, key) -> dict[str, Callable]:
-    """Each phase as a jitted (state, teacher, batch) -> (state, metrics); the state is donated, keys come from its step."""
+    """Each phase, jitted: (state, teacher, batch) -> (state, metrics). The state is donated; keys follow its step."""
 
     def compiled(step_fn):
         def run(state, teacher, batch):
@@ -115,8 +133,10 @@ def compile_steps(method: Method, shardings, key) -> dict[str, Callable]:
 def _shown(values: dict) -> dict:
     """The losses, for the console."""
     return {name: f"{value:.3g}" for name, value in values.items() if name.endswith("/loss")} | {
-        name: f"{value:.3g}" for name, value in values.items()
-        if name.endswith(("nonfinite", "skipped")) and (value > 0 or not np.isfinite(value))}
+        name: f"{value:.3g}"
+        for name, value in values.items()
+        if name.endswith(("nonfinite", "skipped")) and (value > 0 or not np.isfinite(value))
+    }
 
 
 @contextlib.contextmanager

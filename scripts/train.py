@@ -60,20 +60,39 @@ def pretrain(run, folder, mesh, dataset, network, abstract):
     key = jax.random.key(run.seed)
     state, shardings = trainer.place_state(method, abstract, mesh, key, experiment.make_params(network))
     trainer.fit(
-        method, state, shardings, None, batches(dataset.train, run.pretrain.train.batch_size, run.seed),
-        config=run.pretrain.train, workdir=folder, mesh=mesh, key=jax.random.fold_in(key, 1), label="teacher")
+        method,
+        state,
+        shardings,
+        None,
+        batches(dataset.train, run.pretrain.train.batch_size, run.seed),
+        config=run.pretrain.train,
+        workdir=folder,
+        mesh=mesh,
+        key=jax.random.fold_in(key, 1),
+        label="teacher",
+    )
 
 
 def distil(run, workdir, mesh, dataset, network, abstract, teacher):
     """rCM from the teacher; returns the last state."""
     velocities = Velocities(
-        student=network.F, teacher=denoiser.guided(network.F, run.rcm.guidance), fake_score=network.F)
+        student=network.F, teacher=denoiser.guided(network.F, run.rcm.guidance), fake_score=network.F
+    )
     method = rcm_method(run.rcm, velocities)
     state, shardings = trainer.place_state(method, abstract, mesh, teacher.params)
     return trainer.fit(
-        method, state, shardings, teacher, batches(dataset.train, run.train.batch_size, run.seed + 1),
-        config=run.train, workdir=workdir, mesh=mesh, key=jax.random.fold_in(jax.random.key(run.seed), 2), label="rCM",
-        on_sample=lambda state, step: write_samples(run, workdir, dataset, network.F, state.ema, step))
+        method,
+        state,
+        shardings,
+        teacher,
+        batches(dataset.train, run.train.batch_size, run.seed + 1),
+        config=run.train,
+        workdir=workdir,
+        mesh=mesh,
+        key=jax.random.fold_in(jax.random.key(run.seed), 2),
+        label="rCM",
+        on_sample=lambda state, step: write_samples(run, workdir, dataset, network.F, state.ema, step),
+    )
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Examples as pytrees of arrays with a leading axis: {"x0": [n, ...] of unit variance, "cond": {name: [n, ...]}}."""
+    """Examples, train and test: {"x0": [n, ...] of unit variance, "cond": {name: [n, ...]}}."""
 
     train: Any
     test: Any
-    uncond: Any          # a condition without the leading axis: null class, negative prompt
+    uncond: Any  # a condition without the leading axis: null class, negative prompt
     num_classes: int
-    to_image: Callable   # x0 [n, ...] -> numpy images in [0, 1]
+    to_image: Callable  # x0 [n, ...] -> numpy images in [0, 1]
 
     @property
     def sample_shape(self) -> tuple[int, ...]:

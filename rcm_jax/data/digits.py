@@ -12,12 +12,13 @@ HELD_OUT = 360
 def load() -> Dataset:
     """1,437 training and 360 held-out images, the classes in equal parts, the same split every time.
 
-    Pixels 0..16 are shifted and scaled by one mean and one deviation (of the training split), so that data have unit variance.
+    Pixels 0..16 are shifted and scaled by one mean and one deviation, those of the training split: unit variance.
     """
     pixels, labels = load_digits(return_X_y=True)
     images = pixels.reshape(-1, 8, 8, 1).astype(np.float32) / 16
     train, test, train_labels, test_labels = train_test_split(
-        images, labels.astype(np.int32), test_size=HELD_OUT, stratify=labels, random_state=0)
+        images, labels.astype(np.int32), test_size=HELD_OUT, stratify=labels, random_state=0
+    )
     mean, std = float(train.mean()), float(train.std())
     return Dataset(
         train={"x0": (train - mean) / std, "cond": {"label": train_labels}},

@@ -7,7 +7,7 @@ import numpy as np
 
 from rcm_jax.evaluate.picture import grid, save_png
 from rcm_jax.evaluate.report import write_report
-from rcm_jax.evaluate.table import evaluate_samples, make_reference
+from rcm_jax.evaluate.table import evaluate_samples, make_reference, table
 from rcm_jax.experiment import Experiment, student_sampler, teacher_sampler
 from rcm_jax.metrics import read_metrics
 
@@ -67,14 +67,15 @@ def write_distillation_report(run: Experiment, workdir, teacher_dir, dataset, F,
     shown = (np.arange(dataset.num_classes)[:, None] * (SAMPLES // dataset.num_classes) + np.arange(SHOWN)).ravel()
     panels = {"real digits": _first_of_each_class(*test, dataset.num_classes)}
     panels |= {_title(name): images[name][shown] for name in (BASELINE, *(f"student {k}" for k in STUDENT_STEPS))}
+    panels = {name: 1 - pixels for name, pixels in panels.items()}  # ink on paper
     return write_report(
         pathlib.Path(workdir) / "report",
         panels=panels,
         curves=_curves(workdir, teacher_dir),
-        rows=rows,
+        rows=table(rows, relative_to=BASELINE),
         title="rCM on digits",
-        footer=f"Seed {run.seed}. Fréchet distances of {SAMPLES} samples to {len(test[1])} held-out real images; "
-        f"classifier accuracy on held-out images {reference.accuracy:.3f}.",
+        footer=f"Seed {run.seed}. Fréchet distances (FD) of {SAMPLES} samples to {len(test[1])} held-out real images; "
+        f"ratios to {BASELINE}. Classifier accuracy on held-out images: {reference.accuracy:.3f}.",
         columns=SHOWN,
         row_labels=[str(c) for c in range(dataset.num_classes)],
         metadata={"seed": run.seed, "samples": SAMPLES, "classifier_accuracy": reference.accuracy},

@@ -51,8 +51,8 @@ def make_reference(
 ) -> Reference:
     """Trains the classifier on the training split and measures it on the held-out one.
 
-    Images [n, h, w, c], labels [n] integers from 0. Samples must come in the same pixel units: pixel distances are
-    measured in them. `training` goes to train_classifier (steps, batch_size, ...).
+    Images [n, h, w, c], labels [n] integers from 0. Samples must come in the same pixel units.
+    `training` goes to train_classifier (steps, batch_size, ...).
 
     Raises:
       ValueError: wrong shapes, labels out of range, k + 1 > held-out images, NaN or infinite values.
@@ -66,12 +66,12 @@ def make_reference(
 
 
 def evaluate_samples(samples, labels, reference: Reference) -> dict[str, float]:
-    """Metrics of samples [n, h, w, c], asked for as classes `labels` [n], in the reference's pixel units.
+    """Metrics of samples [n, h, w, c], asked for as classes `labels` [n].
 
     frechet_features, frechet_pixels: squared Fréchet distances to the held-out images (lower is better; they shrink
     with n, so use one n for all rows). accuracy: share that the classifier takes for the class asked for. precision,
-    recall, density, coverage: in the classifier's features. diversity: within-class distance in pixels. For a row of
-    real images pass the training split with its labels.
+    recall, density, coverage: in the classifier's features. diversity: within-class distance in pixels. Distances in
+    pixels are in standard deviations of the training set's. For a row of real images pass the training split.
 
     Raises:
       ValueError: another image shape than the reference's, wrong labels, fewer than k + 1 samples, a class with a
@@ -85,12 +85,14 @@ def evaluate_samples(samples, labels, reference: Reference) -> dict[str, float]:
         )
     labels = as_labels("labels", labels, len(samples))
     features = reference.classifier.features(samples)
+    unit = reference.classifier.deviation
+    pixels = flat(samples) / unit
     return {
         "frechet_features": frechet_distance(features, reference.features),
-        "frechet_pixels": frechet_distance(flat(samples), flat(reference.images)),
+        "frechet_pixels": frechet_distance(pixels, flat(reference.images) / unit),
         "accuracy": reference.classifier.accuracy(samples, labels),
         **neighbour_metrics(reference.features, features, reference.k),
-        "diversity": within_class_distance(flat(samples), labels),
+        "diversity": within_class_distance(pixels, labels),
     }
 
 

@@ -19,11 +19,11 @@ class DiTConfig:
     num_layers: int
     num_heads: int
     mlp_ratio: int = 4
-    freq_dim: int = 64           # cosines and sines of the time
+    freq_dim: int = 64  # cosines and sines of the time
     max_frequency: float = 16.0  # per unit of time: higher resolves t better and makes dF/dt larger
-    dtype: str = "float32"       # compute dtype; parameters and time embedding are float32
+    dtype: str = "float32"  # compute dtype; parameters and time embedding are float32
     remat: str = "none"
-    unroll: int = 1              # blocks per iteration of the scan over layers: small networks on CPU want all
+    unroll: int = 1  # blocks per iteration of the scan over layers: small networks on CPU want all
 
     def __post_init__(self):
         height, width, _ = self.image_shape
@@ -63,21 +63,29 @@ class DiT(nn.Module):
         c = self.config
         x_blc = dense(c.dim, "patch_in", dtype=c.dtype, axes=("features", "embed"))(patchify(x, c.patch))
         x_blc = x_blc + self.param(
-            "position", nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vector", "embed")),
-            x_blc.shape[1:]).astype(c.dtype)
+            "position", nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vector", "embed")), x_blc.shape[1:]
+        ).astype(c.dtype)
 
         frequencies = jnp.geomspace(1.0, c.max_frequency, c.freq_dim // 2)
         emb_bc = dense(c.dim, "time_in", dtype=jnp.float32)(sinusoids(t, frequencies))
         emb_bc = dense(c.dim, "time_out", dtype=jnp.float32)(nn.silu(emb_bc))
         emb_bc = emb_bc + nn.Embed(
-            c.num_classes + 1, c.dim, name="label",
-            embedding_init=nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vector", "embed")))(label)
+            c.num_classes + 1,
+            c.dim,
+            name="label",
+            embedding_init=nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vector", "embed")),
+        )(label)
 
-        block = Block if c.remat == "none" else nn.remat(
-            Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+        block = Block if c.remat == "none" else nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
         blocks = nn.scan(
-            block, length=c.num_layers, unroll=c.unroll, variable_axes={"params": 0}, split_rngs={"params": True},
-            in_axes=nn.broadcast, metadata_params={nn.PARTITION_NAME: "layers"})
+            block,
+            length=c.num_layers,
+            unroll=c.unroll,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
         x_blc, _ = blocks(c, name="blocks")(x_blc, emb_bc)
 
         modulation = dense(2 * c.dim, "modulation", dtype=jnp.float32, init=nn.initializers.zeros)(nn.silu(emb_bc))

@@ -17,13 +17,17 @@ def dense(features, name, *, dtype, axes=("embed", "features"), init=None, use_b
     """nn.Dense with logical axes on its parameters; init defaults to Glorot uniform."""
     init = init or nn.initializers.xavier_uniform()
     return nn.Dense(
-        features, dtype=dtype, name=name, use_bias=use_bias,
+        features,
+        dtype=dtype,
+        name=name,
+        use_bias=use_bias,
         kernel_init=nn.with_logical_partitioning(init, axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("vector",)))
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("vector",)),
+    )
 
 
 def sinusoids(t, frequencies):
-    """[b] times -> [b, 2·len(frequencies)] cosines and sines, float32 whatever the compute dtype: the tangent needs it."""
+    """[b] times -> [b, 2·len(frequencies)] cosines and sines, always float32: the tangent needs it."""
     angles = t.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
