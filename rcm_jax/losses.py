@@ -63,8 +63,8 @@ def tangent(x_t, t, F, dF, F_teacher, *, r, warmup_form):
 def dmd(x0, x_t, t, F_teacher, F_fake):
     """(7) Distribution matching: ‖x0 − sg[x0 − (f_fake − f_T)/w]‖², w = max(mean|x0 − f_T|, 1e-5) per sample.
 
-    x0 [b, ...] the student's sample (carries the gradient), x_t its diffusion to t [b], F_teacher (guided) and F_fake at
-    (x_t, t). The gradient in x0 is 2·(f_fake − f_T)/w.
+    x0 [b, ...] the student's sample (carries the gradient), x_t its diffusion to t [b], F_teacher (guided) and F_fake
+    at (x_t, t). The gradient in x0 is 2·(f_fake − f_T)/w.
     """
     f_teacher = trigflow.denoise(x_t, F_teacher, t)
     f_fake = trigflow.denoise(x_t, F_fake, t)

@@ -76,7 +76,8 @@ def fit(
     """Train from the newest checkpoint of workdir, or from `state`, to config.steps; returns the last state.
 
     state is donated. data is an iterator with get_state/set_state (rcm_jax.data.dataset.batches).
-    on_sample(state, step) is called every sample_every steps and at the end. Raises Interrupted after saving if a signal asks to stop.
+    on_sample(state, step) is called every sample_every steps and at the end.
+    Raises Interrupted, after saving, if a signal asks to stop.
     """
     check_batch(config.batch_size, mesh)
     compiled = compile_steps(method, shardings, key)
