@@ -16,7 +16,11 @@ from rcm_jax.config import flatten
 from rcm_jax.train_state import TrainState
 
 # What may change between a run and its continuation: when it stops and what it shows, not what it learns.
-MAY_CHANGE = ("train.steps", "train.log_every", "train.checkpoint_every", "train.sample_every", "train.keep")
+# (More pretraining steps would be another teacher.)
+_HABITS = ("log_every", "checkpoint_every", "sample_every", "keep", "wandb")
+MAY_CHANGE = {f"config.train.{key}" for key in ("steps", *_HABITS)} | {
+    f"config.pretrain.train.{key}" for key in _HABITS
+}
 
 
 def claim_workdir(workdir, values: dict) -> None:
@@ -28,7 +32,7 @@ def claim_workdir(workdir, values: dict) -> None:
         differing = [
             key
             for key in sorted(there.keys() | here.keys())
-            if there.get(key) != here.get(key) and not key.endswith(MAY_CHANGE)
+            if there.get(key) != here.get(key) and key not in MAY_CHANGE
         ]
         if differing:
             shown = "; ".join(f"{key} is {there.get(key)} there, {here.get(key)} here" for key in differing[:5])

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from rcm_jax import checkpoint
 from rcm_jax.metrics import Mean, MetricsWriter
-from rcm_jax.sharding import batch_sharding, check_batch, replicated, state_sharding
+from rcm_jax.sharding import batch_sharding, check_batch, state_sharding
 from rcm_jax.steps import Method
 from rcm_jax.train_state import Teacher, TrainState
 
@@ -81,7 +81,6 @@ def fit(
     """
     check_batch(config.batch_size, mesh)
     compiled = compile_steps(method, shardings, key)
-    teacher = jax.device_put(teacher, replicated(mesh)) if teacher is not None else None
     with checkpoint.open_manager(workdir, config.keep) as manager, _stop_requested() as stop:
         restored = checkpoint.restore(manager, checkpoint.abstract_like(state, shardings), data)
         state = state if restored is None else restored

@@ -15,7 +15,7 @@ from rcm_jax import checkpoint, denoiser, experiment, trainer
 from rcm_jax.data import DATASETS
 from rcm_jax.data.dataset import batches
 from rcm_jax.evaluate.distillation import write_distillation_report, write_samples
-from rcm_jax.sharding import check_batch, make_mesh
+from rcm_jax.sharding import check_batch, make_mesh, replicated
 from rcm_jax.steps import Velocities, diffusion_method, rcm_method
 from rcm_jax.train_state import Teacher
 
@@ -44,7 +44,7 @@ def main():
             checkpoint.claim_workdir(folder, experiment.teacher_values(values))
             pretrain(run, folder, mesh, dataset, network, abstract)
         params = checkpoint.restore_item(folder, "ema", trainer.abstract_params(abstract, mesh))
-        teacher = Teacher(params, dataset.uncond)
+        teacher = Teacher(params, jax.device_put(dataset.uncond, replicated(mesh)))
         state = distil(run, workdir, mesh, dataset, network, abstract, teacher)
     except trainer.Interrupted as stop:
         print(stop)
