@@ -48,6 +48,12 @@ REMAT = {
 }
 
 
+# These programs are compiled often and run once, for microseconds.
+quick_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+)
+
+
 def plain(q, k, v, scale=None):
     """The oracle, independent of the package: JAX differentiates it."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -102,7 +108,7 @@ def expected_of(shape, dtype):
     """The oracle's value, tangent and gradients, in float64, of inputs rounded to dtype."""
     with jax.enable_x64(True):
         args = (exact(x) for x in arrays(shape, dtype))
-        return jax.tree.map(np.asarray, jax.jit(functools.partial(value_tangent_gradient, plain))(*args))
+        return jax.tree.map(np.asarray, quick_jit(functools.partial(value_tangent_gradient, plain))(*args))
 
 
 def network(attend, remat, parameters, x):
@@ -134,7 +140,7 @@ def consistency():
     parameters = 0.3 * rng.normal(size=(2, 4, 16, 16)), rng.normal(size=(1, 11, 2, 16))
     inputs = (parameters, rng.normal(size=(1, 21, 2, 16)), rng.normal(size=(1, 21, 2, 16)))
     with jax.enable_x64(True):
-        expected = jax.jit(functools.partial(gradient_of_jvp, plain, REMAT["no remat"]))(*inputs)
+        expected = quick_jit(functools.partial(gradient_of_jvp, plain, REMAT["no remat"]))(*inputs)
         return inputs, jax.tree.map(np.asarray, expected)
 
 
@@ -156,7 +162,7 @@ class TestEveryImplementation:
     @pytest.mark.parametrize(("shape", "dtype"), CASES)
     def test_value_tangent_and_gradients(self, attend, shape, dtype):
         args = arrays(shape, dtype)
-        actual = jax.jit(functools.partial(value_tangent_gradient, attend))(*args)
+        actual = quick_jit(functools.partial(value_tangent_gradient, attend))(*args)
         assert {x.dtype for x in jax.tree.leaves(actual)} == {jnp.dtype(dtype)}
         close(actual, expected_of(shape, dtype), TOLERANCE[dtype])
 
@@ -176,7 +182,7 @@ class TestEveryImplementation:
         still = [x if alive else np.zeros_like(x) for x, alive in zip((dq, dk, dv), live, strict=True)]
         with_zeros = jax.jvp(plain, primals, still)[1]
         gradients = tuple(x for x, alive in zip(expected_of("cross", "float64")[2], live, strict=True) if alive)
-        close(jax.jit(derivatives)(), (with_zeros, gradients), TOLERANCE["float64"])
+        close(quick_jit(derivatives)(), (with_zeros, gradients), TOLERANCE["float64"])
 
     @pytest.mark.parametrize("live", SUBSETS)
     def test_backward_is_the_transpose_of_tangent(self, attend, live):
@@ -197,7 +203,7 @@ class TestEveryImplementation:
     def test_large_scores(self, attend):
         """Scores near 10⁴ in float32, where exp overflows at 89."""
         q, *rest = arrays("ragged", "float32")
-        result = jax.jit(functools.partial(value_tangent_gradient, attend))(1e3 * q, *rest)
+        result = quick_jit(functools.partial(value_tangent_gradient, attend))(1e3 * q, *rest)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(result))
         close(result[0], plain(1e3 * exact(q), *map(exact, rest[:2])), 5e-3)  # scores are rounded to 10⁻³
 
@@ -208,7 +214,7 @@ class TestEveryImplementation:
     @pytest.mark.parametrize("remat", REMAT)
     def test_gradient_of_jvp(self, attend, consistency, remat):
         inputs, expected = consistency
-        close(jax.jit(functools.partial(gradient_of_jvp, attend, REMAT[remat]))(*inputs), expected, 1e-11)
+        close(quick_jit(functools.partial(gradient_of_jvp, attend, REMAT[remat]))(*inputs), expected, 1e-11)
 
     def test_jvp_of_vjp(self, attend, consistency):
         """The same gradient with value and pull-back differentiated forwards."""
@@ -221,13 +227,13 @@ class TestEveryImplementation:
             (f, pull_back), (df, _) = jax.jvp(value_and_pull_back, (x,), (dx,))
             return pull_back(jnp.cos(f) * (f + df))[0], df
 
-        close(jax.jit(gradient)(parameters, x, dx), expected, 1e-11)
+        close(quick_jit(gradient)(parameters, x, dx), expected, 1e-11)
 
     def test_tangent_is_a_linear_function(self, attend):
         """With constant q, k, v, the gradient of ⟨g, ȯ⟩ with respect to the tangents is that of ⟨g, o⟩."""
         q, k, v, dq, dk, dv, g = arrays("ragged")
         inner = jax.grad(lambda *tangents: jnp.vdot(g, jax.jvp(attend, (q, k, v), tangents)[1]), argnums=(0, 1, 2))
-        close(jax.jit(inner)(dq, dk, dv), expected_of("ragged", "float64")[2], TOLERANCE["float64"])
+        close(quick_jit(inner)(dq, dk, dv), expected_of("ragged", "float64")[2], TOLERANCE["float64"])
 
     @pytest.mark.parametrize(("text", "check_vma"), [("sharded", True), ("replicated", True), ("replicated", False)])
     def test_shard_map(self, attend, text, check_vma):
@@ -250,8 +256,8 @@ class TestEveryImplementation:
 
         args = (q, k, v, dq, dk, dv, g)
         close(
-            jax.jit(functools.partial(value_tangent_gradient, sharded))(*args),
-            jax.jit(functools.partial(value_tangent_gradient, whole))(*args),
+            quick_jit(functools.partial(value_tangent_gradient, sharded))(*args),
+            quick_jit(functools.partial(value_tangent_gradient, whole))(*args),
             TOLERANCE["float64"],
         )
 
@@ -305,7 +311,7 @@ class TestBlockwise:
 
     def test_one_tile_has_neither_loop_nor_padding(self):
         for function in bench.passes(flash_attention, cross=False).values():
-            args = [jnp.ones((2, 17, 2, 8))] * 7
+            args = [jnp.ones((2, 17, 2, 8), "float32")] * 7
             assert count("scan", function, *args) == count("pad", function, *args) == 0
 
     @pytest.mark.parametrize("length", [1, 8, 9, 31, 32, 33, 100, 1000])
@@ -339,14 +345,14 @@ class TestInputs:
             flash_attention(jnp.ones(q), jnp.ones(k), jnp.ones(v))
 
     def test_dtypes(self):
-        x = jnp.ones((1, 8, 2, 4))
+        x = jnp.ones((1, 8, 2, 4), "float32")
         with pytest.raises(TypeError, match=r"q float32, k bfloat16, v float32: cast"):
             flash_attention(x, x.astype(jnp.bfloat16), x)
         with pytest.raises(TypeError, match=r"floating point arrays, got int32"):
             flash_attention(*[x.astype(jnp.int32)] * 3)
 
     def test_implementations(self):
-        x = jnp.ones((1, 8, 2, 4))
+        x = jnp.ones((1, 8, 2, 4), "float32")
         with pytest.raises(ValueError, match=r"'cudnn'.*'auto', 'reference', 'blockwise'"):
             flash_attention(x, x, x, implementation="cudnn")
         assert attention._choose("auto") is attention.IMPLEMENTATIONS["blockwise"]
