@@ -5,7 +5,6 @@ averaged student alone can be read as a teacher or for sampling, and "data", the
 """
 
 import json
-import os
 import pathlib
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from rcm_jax.config import flatten
+from rcm_jax.files import write_text
 from rcm_jax.train_state import TrainState
 
 # What may change between a run and its continuation: when it stops and what it shows, not what it learns.
@@ -42,7 +42,7 @@ def claim_workdir(workdir, values: dict) -> None:
         raise ValueError(f"workdir {workdir} is not empty and has no config.json: choose a new or empty --workdir")
     else:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(values, indent=1) + "\n")
+        write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def read_config(workdir) -> dict:
@@ -51,14 +51,6 @@ def read_config(workdir) -> dict:
     if not path.exists():
         raise ValueError(f"{workdir} is no training workdir: it has no config.json")
     return json.loads(path.read_text())
-
-
-def write_atomically(path, text: str) -> None:
-    """Write text so that the file is whole or not there."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def open_manager(workdir, keep: int | None = None) -> ocp.CheckpointManager:

@@ -7,7 +7,7 @@ import pathlib
 import jax
 from tensorboardX import SummaryWriter
 
-from rcm_jax.checkpoint import write_atomically
+from rcm_jax.files import write_text
 
 
 class MetricsWriter:
@@ -17,7 +17,7 @@ class MetricsWriter:
         workdir = pathlib.Path(workdir)
         self.path = workdir / "metrics.jsonl"
         kept = [row for row in read_metrics(workdir) if row["step"] <= step]
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         self.wandb = None
         if wandb:

@@ -1,11 +1,11 @@
-"""Grids of images, and files that are either whole or not there."""
+"""Grids of images, as arrays and as PNG files."""
 
 import os
-import pathlib
-from collections.abc import Callable
 
 import imageio.v3 as imageio
 import numpy as np
+
+from rcm_jax.files import write_whole
 
 
 def grid(images, columns: int, *, upscale: int = 1, separator: int = 1, background: float = 0.25) -> np.ndarray:
@@ -46,18 +46,6 @@ def save_png(path: str | os.PathLike, array) -> None:
         raise ValueError(f"array is {array.dtype} {array.shape}, expected uint8 [H, W, 1 or 3] as grid returns it")
     pixels = array[..., 0] if array.shape[-1] == 1 else array
     write_whole(path, lambda temporary: imageio.imwrite(temporary, pixels, extension=".png"))
-
-
-def write_whole(path: str | os.PathLike, write: Callable[[pathlib.Path], object]) -> None:
-    """Calls write(temporary path beside `path`), then renames: `path` is the old file or the whole new one."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _bytes(x: np.ndarray) -> np.ndarray:

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from rcm_jax.evaluate.picture import grid, write_whole
+from rcm_jax.evaluate.picture import grid
 from rcm_jax.evaluate.table import COLUMNS, Rows, cells, format_table
+from rcm_jax.files import write_text, write_whole
 
 INK, GREY, RULE, PAPER = "#1f2430", "#697180", "#d9dde3", "#ffffff"
 SERIES = ("#2f5f8f", "#c4663a", "#4c8a68", "#8a68a6", "#a88a2c")
@@ -71,7 +72,7 @@ def write_report(
         "metadata": metadata or {},
     }
     text = json.dumps(_plain(record), indent=1, allow_nan=False, ensure_ascii=False)
-    write_whole(folder / "report.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_text(folder / "report.json", text + "\n")
     return format_table(rows)
 
 

@@ -4,7 +4,8 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 
-from rcm_jax.evaluate.picture import grid, save_png, write_whole
+from rcm_jax.evaluate.picture import grid, save_png
+from rcm_jax.files import write_whole
 
 
 def test_layout():
