@@ -14,7 +14,7 @@ from absl import flags
 from rcm_jax import checkpoint, denoiser, experiment, trainer
 from rcm_jax.data import DATASETS
 from rcm_jax.data.dataset import batches
-from rcm_jax.evaluate.distillation import write_distillation_report, write_samples
+from rcm_jax.evaluate.distillation import TEACHER_STEPS, write_distillation_report, write_samples
 from rcm_jax.sharding import check_batch, make_mesh, replicated
 from rcm_jax.steps import Velocities, diffusion_method, rcm_method
 from rcm_jax.train_state import Teacher
@@ -59,6 +59,7 @@ def pretrain(run, folder, mesh, dataset, network, abstract):
     method = diffusion_method(run.pretrain.method, network.F, dataset.uncond)
     key = jax.random.key(run.seed)
     state, shardings = trainer.place_state(method, abstract, mesh, key, experiment.make_params(network))
+    sampler = experiment.teacher_sampler(network.F, dataset.uncond, run.rcm.guidance, run.sampling, TEACHER_STEPS[0])
     trainer.fit(
         method,
         state,
@@ -70,6 +71,7 @@ def pretrain(run, folder, mesh, dataset, network, abstract):
         mesh=mesh,
         key=jax.random.fold_in(key, 1),
         label="teacher",
+        on_sample=lambda state, step: write_samples(run, folder, dataset, sampler, state.ema, step),
     )
 
 
@@ -80,6 +82,7 @@ def distil(run, workdir, mesh, dataset, network, abstract, teacher):
     )
     method = rcm_method(run.rcm, velocities)
     state, shardings = trainer.place_state(method, abstract, mesh, teacher.params)
+    sampler = experiment.student_sampler(network.F, run.sampling, len(run.sampling.mid_times))
     return trainer.fit(
         method,
         state,
@@ -91,7 +94,7 @@ def distil(run, workdir, mesh, dataset, network, abstract, teacher):
         mesh=mesh,
         key=jax.random.fold_in(jax.random.key(run.seed), 2),
         label="rCM",
-        on_sample=lambda state, step: write_samples(run, workdir, dataset, network.F, state.ema, step),
+        on_sample=lambda state, step: write_samples(run, workdir, dataset, sampler, state.ema, step),
     )
 
 

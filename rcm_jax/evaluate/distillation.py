@@ -22,18 +22,18 @@ BASELINE = f"teacher {TEACHER_STEPS[0]}"
 def draw(sampler, params, key, labels, shape) -> np.ndarray:
     """Samples [n, *shape] for class labels [n], BATCH at a time; sample i depends on key, i and its label alone."""
     labels = np.asarray(labels, np.int32)
-    padded = np.pad(labels, (0, -len(labels) % BATCH))
+    size = min(BATCH, len(labels))
+    padded = np.pad(labels, (0, -len(labels) % size))
     parts = [
-        sampler(params, key, np.arange(i, i + BATCH), {"label": padded[i : i + BATCH]}, shape)
-        for i in range(0, len(padded), BATCH)
+        np.asarray(sampler(params, key, np.arange(i, i + size), {"label": padded[i : i + size]}, shape))
+        for i in range(0, len(padded), size)
     ]
-    return np.concatenate([np.asarray(part) for part in parts])[: len(labels)]
+    return np.concatenate(parts)[: len(labels)]
 
 
-def write_samples(run: Experiment, workdir, dataset, F, ema, step: int) -> None:
-    """A picture of the averaged student while it trains: a row per class, at its largest number of steps."""
-    sampler = student_sampler(F, run.sampling, len(run.sampling.mid_times))
-    images = draw(sampler, ema, jax.random.key(run.seed), labels_by_class(dataset, SHOWN), dataset.sample_shape)
+def write_samples(run: Experiment, workdir, dataset, sampler, params, step: int) -> None:
+    """A picture of what a network samples while it trains: workdir/samples/STEP.png, a row per class."""
+    images = draw(sampler, params, jax.random.key(run.seed), labels_by_class(dataset, SHOWN), dataset.sample_shape)
     save_png(pathlib.Path(workdir) / "samples" / f"{step:08d}.png", grid(dataset.to_image(images), SHOWN, upscale=4))
 
 
