@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import zlib
 
 import jax
 from tensorboardX import SummaryWriter
@@ -24,8 +25,12 @@ class MetricsWriter:
             try:
                 import wandb as library
             except ImportError:
-                raise ValueError('config.train.wandb needs the extra: pip install "rcm-jax[wandb]"') from None
-            self.wandb = library.init(dir=str(workdir), resume="allow", id=workdir.absolute().name)
+                raise ValueError('config.train.wandb needs the extra: pip install --editable ".[wandb]"') from None
+            # The id follows from the place, so that a resumed run goes on in the same curve.
+            place = str(workdir.absolute())
+            self.wandb = library.init(
+                dir=place, name=workdir.name, id=f"{zlib.crc32(place.encode()):08x}", resume="allow", project="rcm_jax"
+            )
 
     def write(self, step: int, values: dict) -> None:
         """One line of {name: number}; a number that is not finite is written as null."""
