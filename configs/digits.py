@@ -13,7 +13,6 @@ def get_config() -> ConfigDict:
     config.data = "digits"
     config.model = dict(
         kind="dit",
-        image_shape=(8, 8, 1),
         num_classes=10,
         patch=2,
         dim=64,

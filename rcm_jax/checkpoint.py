@@ -50,7 +50,13 @@ def read_config(workdir) -> dict:
     path = pathlib.Path(workdir) / "config.json"
     if not path.exists():
         raise ValueError(f"{workdir} is no training workdir: it has no config.json")
-    return json.loads(path.read_text())
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no config: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is no config: it holds no keys")
+    return values
 
 
 def open_manager(workdir, keep: int | None = None) -> ocp.CheckpointManager:

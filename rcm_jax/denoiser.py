@@ -30,9 +30,12 @@ def from_rectified_flow(net, time_scale: float = 1.0) -> Velocity:
     return velocity
 
 
-def from_edm(net, time_scale: float = 0.25) -> Velocity:
-    """F = −F_edm exactly (sigma = tan t, c_in·x_sigma = x_t); the network is given time_scale·ln sigma (EDM: 1/4)."""
-    return lambda params, x, t, cond: -net(params, x, time_scale * jnp.log(jnp.abs(jnp.tan(t))), cond)
+def from_edm(net, time_scale: float = 0.25, sigma_data: float = 1.0) -> Velocity:
+    """F = −F_edm exactly (sigma = sigma_data·tan t, c_in·x_sigma = x_t); the network is given time_scale·ln sigma.
+
+    EDM has time_scale 1/4; sigma_data is the deviation of the data that it was trained on (0.5), ours is 1.
+    """
+    return lambda params, x, t, cond: -net(params, x, time_scale * jnp.log(sigma_data * jnp.abs(jnp.tan(t))), cond)
 
 
 PARAMETRIZATIONS = {"trigflow": from_trigflow, "rectified_flow": from_rectified_flow, "edm": from_edm}

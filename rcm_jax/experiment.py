@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from rcm_jax import checkpoint, denoiser, samplers
 from rcm_jax.config import build, flatten
 from rcm_jax.data import DATASETS
+from rcm_jax.data.dataset import Dataset
 from rcm_jax.models import NETWORKS, DiTConfig
 from rcm_jax.sharding import MeshConfig
 from rcm_jax.steps import DiffusionConfig, RcmConfig
@@ -40,6 +41,7 @@ class SamplingConfig:
         for k, times in enumerate(self.mid_times, 1):
             if len(times) != k - 1:
                 raise ValueError(f"mid_times[{k - 1}] is for {k} steps: it needs {k - 1} times, got {list(times)}")
+            samplers.student_times(self.sigma_max, times)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +75,9 @@ class Experiment(Pretraining):
     train: TrainConfig
 
 
-# What a teacher and its student must agree on.
+# What a teacher and its student must agree on, less how it is computed.
 SHARED_WITH_TEACHER = ("data", "model", "parametrization", "time_scale")
+COMPUTATION = ("config.model.remat", "config.model.dtype")
 
 
 def from_mapping(values: dict) -> Pretraining:
@@ -97,7 +100,7 @@ def check_teacher(values: dict) -> None:
     differing = [
         f"{key} is {theirs.get(key)} there, {ours.get(key)} here"
         for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key)
+        if theirs.get(key) != ours.get(key) and key not in COMPUTATION
     ]
     if differing:
         raise ValueError(f"the teacher in {folder} does not fit this config: {'; '.join(differing)}")
@@ -110,13 +113,20 @@ class Network(NamedTuple):
     F: denoiser.Velocity
 
 
-def make_network(run: Pretraining, sample_shape, uncond) -> Network:
-    """The network of an experiment on samples [b, *sample_shape]; conditions are keyword arguments of its module."""
+def make_network(run: Pretraining, dataset: Dataset) -> Network:
+    """The network of an experiment on its data; conditions are keyword arguments of the module.
+
+    Raises ValueError if the network is for another number of classes than the data have.
+    """
+    if (classes := run.model.num_classes) != dataset.num_classes:
+        raise ValueError(
+            f"config.model.num_classes is {classes}, but the {run.data} have {dataset.num_classes} classes"
+        )
     module = NETWORKS[type(run.model)](run.model)
 
     def init(key):
-        one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], uncond)
-        return module.init(key, jnp.zeros((1, *sample_shape)), jnp.zeros(1), **one)["params"]
+        one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], dataset.uncond)
+        return module.init(key, jnp.zeros((1, *dataset.sample_shape)), jnp.zeros(1), **one)["params"]
 
     def net(params, x, time, cond):
         return module.apply({"params": params}, x, time, **cond)

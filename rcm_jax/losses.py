@@ -34,7 +34,8 @@ def scm(F: denoiser.Velocity, params, x_t, t, cond, F_teacher, *, r, warmup_form
     g = tangent(x_t, t, F_fixed, dF, F_teacher, r=r, warmup_form=warmup_form)
     norm = jnp.sqrt(sum_squares(g))
     finite = jnp.isfinite(norm) & jnp.isfinite(sum_squares(F_fixed))
-    g = g / trigflow.expand(norm + constant, g)
+    # Masked before it meets F: 0·NaN in the backward pass would take the whole batch along.
+    g = jnp.where(trigflow.expand(finite, g), g / trigflow.expand(norm + constant, g), 0.0)
     loss = jnp.where(finite, sum_squares(F_theta - F_fixed - g), 0.0)
     metrics = {
         "loss": loss,

@@ -25,6 +25,10 @@ class OptimizerConfig:
     decay_steps: int = 0
     final_scale: float = 0.0
 
+    def __post_init__(self):
+        if 0 < self.decay_steps <= self.warmup_steps:
+            raise ValueError(f"decay_steps {self.decay_steps} must be over warmup_steps {self.warmup_steps}, or 0")
+
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """AdamW; with b1 = 0 it keeps no first moment: 4 bytes less per parameter and the same numbers.
@@ -42,8 +46,6 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def schedule(config: OptimizerConfig) -> optax.Schedule:
     """Learning rate at update n = 0, 1, ….: linear to its peak, then constant or a cosine over decay_steps."""
-    if 0 < config.decay_steps <= config.warmup_steps:
-        raise ValueError(f"decay_steps {config.decay_steps} must be over warmup_steps {config.warmup_steps}, or 0")
 
     def rate(n):
         scale = jnp.minimum((n + 1) / max(config.warmup_steps, 1), 1.0)

@@ -1,4 +1,4 @@
-"""Samplers: few steps for students, the PF-ODE for teachers. Noise is an input, keyed per sample by `noise_like`."""
+"""Samplers: few steps for students, the PF-ODE for teachers. Noise is an input, keyed per sample by `unit_noise`."""
 
 import jax
 import jax.numpy as jnp

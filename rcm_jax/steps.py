@@ -37,6 +37,11 @@ class DiffusionConfig:
     drop_condition: float = 0.1
     ema_std: float = 0.05
 
+    def __post_init__(self):
+        power_ema_exponent(self.ema_std)
+        if not 0 <= self.drop_condition <= 1:
+            raise ValueError(f"drop_condition {self.drop_condition} must be a probability")
+
 
 @dataclasses.dataclass(frozen=True)
 class RcmConfig:
@@ -56,6 +61,7 @@ class RcmConfig:
     ema_std: float = 0.05
 
     def __post_init__(self):
+        power_ema_exponent(self.ema_std)
         if self.warmup_form not in losses.WARMUP_FORMS:
             raise ValueError(f"warmup_form {self.warmup_form!r} is none of {', '.join(losses.WARMUP_FORMS)}")
         if self.update_freq < 1 or self.max_rollout < 1 or self.warmup < 0:

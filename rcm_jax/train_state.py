@@ -21,7 +21,7 @@ class Learner:
 
         A gradient that is not finite leaves parameters, optimizer state and count as they were.
         """
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         applied = jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, self.opt_state, self.params)
         new = Learner(optax.apply_updates(self.params, updates), opt_state, self.updates + 1)

@@ -5,6 +5,7 @@ import dataclasses
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -83,39 +84,47 @@ def fit(
     compiled = compile_steps(method, shardings, key)
     with checkpoint.open_manager(workdir, config.keep) as manager, _stop_requested() as stop:
         restored = checkpoint.restore(manager, checkpoint.abstract_like(state, shardings), data)
-        state = state if restored is None else restored
-        step = int(state.step)
-        writer, mean = MetricsWriter(workdir, step, config.wandb), Mean()
-        bar = tqdm(
-            total=config.steps,
-            initial=step,
-            desc=label,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 20,
-        )
-        while step < config.steps:
-            batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), next(data))
-            state, metrics = compiled[method.phase(step)](state, teacher, batch)
-            step += 1
-            mean.add(metrics)
-            last = step == config.steps or stop()
-            if last or step % config.log_every == 0:
-                values = mean.read()
-                writer.write(step, values)
-                bar.set_postfix(_shown(values), refresh=False)
-            bar.update()
-            if last or step % config.checkpoint_every == 0:
-                checkpoint.save(manager, state, data)
-            if on_sample and (last or step % config.sample_every == 0):
-                on_sample(state, step)
-            if stop() and step < config.steps:
-                bar.close()
-                writer.close()
-                raise Interrupted(step)
-        bar.close()
-        writer.close()
+        if restored is not None:
+            jax.tree.map(lambda leaf: leaf.delete(), state)  # two states of 14B parameters need not fit
+            state = restored
+        step, mean = int(state.step), Mean()
+        with contextlib.closing(MetricsWriter(workdir, step, config.wandb)) as writer, _bar(label, step, config) as bar:
+            while step < config.steps:
+                batch = jax.tree.map(partial(jax.make_array_from_process_local_data, batch_sharding(mesh)), next(data))
+                state, metrics = compiled[method.phase(step)](state, teacher, batch)
+                step += 1
+                mean.add(metrics)
+                bar.update()
+                stopping = stop()
+                last = stopping or step == config.steps
+                if last or step % config.log_every == 0:
+                    values = mean.read()
+                    writer.write(step, values)
+                    bar.set_postfix(_shown(values), refresh=False)
+                    _check_updates(values, step, config.log_every)
+                if last or step % config.checkpoint_every == 0:
+                    checkpoint.save(manager, state, data)
+                if on_sample and (last or step % config.sample_every == 0):
+                    on_sample(state, step)
+                if stopping:
+                    raise Interrupted(step)
     return state
+
+
+def _bar(label, step, config) -> tqdm:
+    """Progress on the console: rate, losses, time left."""
+    often = 0.5 if sys.stderr.isatty() else 20  # seconds
+    return tqdm(total=config.steps, initial=step, desc=label, unit="step", dynamic_ncols=True, mininterval=often)
+
+
+def _check_updates(values: dict, step: int, log_every: int) -> None:
+    """ValueError if no update of some network was applied in a whole log interval of 10 steps or more."""
+    dead = [name.split("/")[0] for name, value in values.items() if name.endswith("/skipped") and value == 1.0]
+    if dead and log_every >= 10:
+        raise ValueError(
+            f"the gradient of {dead[0]} was not finite in any update of the {log_every} steps to {step}: training has "
+            "diverged. The last checkpoint is whole; lower the learning rate, or look at metrics.jsonl for the cause."
+        )
 
 
 def compile_steps(method: Method, shardings, key) -> dict[str, Callable]:

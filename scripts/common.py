@@ -1,6 +1,7 @@
 """What the scripts share: flags, configs from files, errors in one line."""
 
 import pathlib
+import re
 import sys
 from collections.abc import Callable
 
@@ -24,10 +25,10 @@ def run(main: Callable[[], None]) -> None:
 
     def parse(argv):
         try:
-            return app.parse_flags_with_usage(argv)
+            return flags.FLAGS(argv)
         except (AttributeError, KeyError) as error:  # an override of a key that the config lacks
-            fail(f"unknown config key {error.args[0]}")
-        except (TypeError, ValueError, OSError) as error:
+            fail("unknown config key: " + re.sub(r"\\n|[\\'\"]", " ", str(error.args[0])))
+        except (flags.Error, TypeError, ValueError, OSError) as error:
             fail(error)
 
     app.run(guarded, flags_parser=parse)

@@ -35,7 +35,7 @@ def main():
     run = experiment.from_mapping(checkpoint.read_config(CHECKPOINT.value))
     dataset = DATASETS[run.data]()
     labels = parse_classes(CLASSES.value, dataset.num_classes)
-    network = experiment.make_network(run, dataset.sample_shape, dataset.uncond)
+    network = experiment.make_network(run, dataset)
     if isinstance(run, experiment.Experiment):
         if GUIDANCE.present:
             raise ValueError(f"--guidance is for teachers: this student was distilled with {run.rcm.guidance}")

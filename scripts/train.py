@@ -33,17 +33,17 @@ def main():
         check_batch(train.batch_size, mesh)
     workdir = pathlib.Path(WORKDIR.value)
     dataset = DATASETS[run.data]()
-    network = experiment.make_network(run, dataset.sample_shape, dataset.uncond)
+    network = experiment.make_network(run, dataset)
     abstract = jax.eval_shape(network.init, jax.random.key(0))
-    if run.teacher:
+    folder = pathlib.Path(run.teacher or workdir / "teacher")
+    if run.teacher:  # read before anything is written
         experiment.check_teacher(values)
+        params = checkpoint.restore_item(folder, "ema", trainer.abstract_params(abstract, mesh))
     checkpoint.claim_workdir(workdir, values)
     try:
-        folder = pathlib.Path(run.teacher or workdir / "teacher")
         if not run.teacher:
             checkpoint.claim_workdir(folder, experiment.teacher_values(values))
-            pretrain(run, folder, mesh, dataset, network, abstract)
-        params = checkpoint.restore_item(folder, "ema", trainer.abstract_params(abstract, mesh))
+            params = pretrain(run, folder, mesh, dataset, network, abstract).ema
         teacher = Teacher(params, jax.device_put(dataset.uncond, replicated(mesh)))
         state = distil(run, workdir, mesh, dataset, network, abstract, teacher)
     except trainer.Interrupted as stop:
@@ -55,12 +55,12 @@ def main():
 
 
 def pretrain(run, folder, mesh, dataset, network, abstract):
-    """Train the teacher in folder; finished already: nothing to do."""
+    """Train the teacher in folder; returns its last state, at once if it is finished."""
     method = diffusion_method(run.pretrain.method, network.F, dataset.uncond)
     key = jax.random.key(run.seed)
     state, shardings = trainer.place_state(method, abstract, mesh, key, experiment.make_params(network))
     sampler = experiment.teacher_sampler(network.F, dataset.uncond, run.rcm.guidance, run.sampling, TEACHER_STEPS[0])
-    trainer.fit(
+    return trainer.fit(
         method,
         state,
         shardings,

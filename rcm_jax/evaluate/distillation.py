@@ -51,7 +51,8 @@ def write_distillation_report(run: Experiment, workdir, teacher_dir, dataset, F,
         f"teacher {k}": (teacher_sampler(F, teacher.uncond, run.rcm.guidance, run.sampling, k), teacher.params)
         for k in TEACHER_STEPS
     }
-    samplers |= {f"student {k}": (student_sampler(F, run.sampling, k), ema) for k in STUDENT_STEPS}
+    student_steps = [k for k in STUDENT_STEPS if k <= len(run.sampling.mid_times)]
+    samplers |= {f"student {k}": (student_sampler(F, run.sampling, k), ema) for k in student_steps}
     key = jax.random.fold_in(jax.random.key(run.seed), 3)
     labels = labels_by_class(dataset, SAMPLES // dataset.num_classes)
     images = {
@@ -66,7 +67,7 @@ def write_distillation_report(run: Experiment, workdir, teacher_dir, dataset, F,
 
     shown = (np.arange(dataset.num_classes)[:, None] * (SAMPLES // dataset.num_classes) + np.arange(SHOWN)).ravel()
     panels = {"real digits": _first_of_each_class(*test, dataset.num_classes)}
-    panels |= {_title(name): images[name][shown] for name in (BASELINE, *(f"student {k}" for k in STUDENT_STEPS))}
+    panels |= {_title(name): images[name][shown] for name in (BASELINE, *(f"student {k}" for k in student_steps))}
     panels = {name: 1 - pixels for name, pixels in panels.items()}  # ink on paper
     return write_report(
         pathlib.Path(workdir) / "report",
@@ -98,7 +99,7 @@ def _curves(workdir, teacher_dir) -> dict:
         points = [(row["step"], row[name]) for row in read_metrics(folder) if row.get(name) is not None]
         return np.array(points, float).reshape(-1, 2)
 
-    return {
+    plots = {
         "teacher loss": {"diffusion": series(teacher_dir, "diffusion/loss")},
         "student losses": {"sCM": series(workdir, "scm/loss"), "DMD": series(workdir, "dmd/loss")},
         "fake score loss": {"critic": series(workdir, "critic/loss")},
@@ -107,3 +108,6 @@ def _curves(workdir, teacher_dir) -> dict:
             "student gradient": series(workdir, "student/grad_norm"),
         },
     }
+    # A run without DMD, or one that ended before it, has no such curve.
+    plots = {title: {name: points for name, points in plot.items() if len(points)} for title, plot in plots.items()}
+    return {title: plot for title, plot in plots.items() if plot}

@@ -5,14 +5,13 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from rcm_jax.models.layers import REMAT_POLICIES, Mlp, SelfAttention, dense, layer_norm, sinusoids
+from rcm_jax.models.layers import DTYPES, REMAT_POLICIES, Mlp, SelfAttention, dense, layer_norm, sinusoids
 
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """Sizes of a DiT on images [b, height, width, channels]; label num_classes is the null class of guidance."""
+    """Sizes of a DiT on images [b, h, w, c]; the label num_classes is the null class of guidance."""
 
-    image_shape: tuple[int, int, int]
     num_classes: int
     patch: int
     dim: int
@@ -23,12 +22,18 @@ class DiTConfig:
     max_frequency: float = 16.0  # per unit of time: higher resolves t better and makes dF/dt larger
     dtype: str = "float32"  # compute dtype; parameters and time embedding are float32
     remat: str = "none"
-    unroll: int = 1  # blocks per iteration of the scan over layers: small networks on CPU want all
+
+    @property
+    def wide(self):
+        """The dtype of time embedding, modulation and output: float32, whatever narrower dtype computes the blocks."""
+        return jnp.promote_types(self.dtype, jnp.float32)
 
     def __post_init__(self):
-        height, width, _ = self.image_shape
-        if height % self.patch or width % self.patch:
-            raise ValueError(f"patch {self.patch} does not divide the image {height}×{width}")
+        for name in ("num_classes", "patch", "dim", "num_layers", "num_heads", "mlp_ratio", "freq_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
         if self.dim % self.num_heads:
             raise ValueError(f"num_heads {self.num_heads} does not divide dim {self.dim}")
         if self.remat not in REMAT_POLICIES:
@@ -43,7 +48,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_blc, emb_bc):
         c = self.config
-        modulation = dense(6 * c.dim, "modulation", dtype=jnp.float32, init=nn.initializers.zeros)(nn.silu(emb_bc))
+        modulation = dense(6 * c.dim, "modulation", dtype=c.wide, init=nn.initializers.zeros)(nn.silu(emb_bc))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation[:, None], 6, axis=-1)
         h = (layer_norm(x_blc) * (1 + scale1) + shift1).astype(c.dtype)
         h = SelfAttention(c.num_heads, c.dtype, name="attention")(h)
@@ -67,8 +72,8 @@ class DiT(nn.Module):
         ).astype(c.dtype)
 
         frequencies = jnp.geomspace(1.0, c.max_frequency, c.freq_dim // 2)
-        emb_bc = dense(c.dim, "time_in", dtype=jnp.float32)(sinusoids(t, frequencies))
-        emb_bc = dense(c.dim, "time_out", dtype=jnp.float32)(nn.silu(emb_bc))
+        emb_bc = dense(c.dim, "time_in", dtype=c.wide)(sinusoids(t, frequencies))
+        emb_bc = dense(c.dim, "time_out", dtype=c.wide)(nn.silu(emb_bc))
         emb_bc = emb_bc + nn.Embed(
             c.num_classes + 1,
             c.dim,
@@ -80,7 +85,6 @@ class DiT(nn.Module):
         blocks = nn.scan(
             block,
             length=c.num_layers,
-            unroll=c.unroll,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
@@ -88,16 +92,18 @@ class DiT(nn.Module):
         )
         x_blc, _ = blocks(c, name="blocks")(x_blc, emb_bc)
 
-        modulation = dense(2 * c.dim, "modulation", dtype=jnp.float32, init=nn.initializers.zeros)(nn.silu(emb_bc))
+        modulation = dense(2 * c.dim, "modulation", dtype=c.wide, init=nn.initializers.zeros)(nn.silu(emb_bc))
         shift, scale = jnp.split(modulation[:, None], 2, axis=-1)
         x_blc = layer_norm(x_blc) * (1 + scale) + shift
-        out = dense(c.patch**2 * x.shape[-1], "patch_out", dtype=jnp.float32, init=nn.initializers.zeros)(x_blc)
+        out = dense(c.patch**2 * x.shape[-1], "patch_out", dtype=c.wide, init=nn.initializers.zeros)(x_blc)
         return unpatchify(out, c.patch, x.shape)
 
 
 def patchify(x, patch):
-    """[b, h, w, c] -> [b, (h/p)(w/p), p·p·c], rows first."""
+    """[b, h, w, c] -> [b, (h/p)(w/p), p·p·c], rows first. ValueError unless patch divides h and w."""
     b, h, w, c = x.shape
+    if h % patch or w % patch:
+        raise ValueError(f"patch {patch} does not divide the image {h}×{w}")
     x = x.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, (h // patch) * (w // patch), patch * patch * c)
 

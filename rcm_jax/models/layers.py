@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from kernels.attention import flash_attention
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")  # of the computation
 REMAT_POLICIES = {
     "none": None,  # keep everything: fastest, for small networks
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -27,28 +28,33 @@ def dense(features, name, *, dtype, axes=("embed", "features"), init=None, use_b
 
 
 def sinusoids(t, frequencies):
-    """[b] times -> [b, 2·len(frequencies)] cosines and sines, always float32: the tangent needs it."""
-    angles = t.astype(jnp.float32)[:, None] * frequencies
+    """[b] times -> [b, 2·len(frequencies)] cosines and sines, in float32 at least: the tangent needs it."""
+    angles = at_least_float32(t)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def at_least_float32(x):
+    """x in float32, or as it is if it is wider (float64 is for tests)."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def layer_norm(x, epsilon=1e-6):
-    """LayerNorm without scale or bias over the last axis, in float32; returns float32."""
-    x = x.astype(jnp.float32)
+    """LayerNorm without scale or bias over the last axis, in float32 at least; returns what it computed in."""
+    x = at_least_float32(x)
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · scale over the last axis, in float32; returns the dtype of x."""
+    """x / rms(x) · scale over the last axis, in float32 at least; returns the dtype of x."""
 
     epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("vector",)), (x.shape[-1],))
-        x32 = x.astype(jnp.float32)
-        y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        wide = at_least_float32(x)
+        y = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
         return (y * scale).astype(x.dtype)
 
 

@@ -1,0 +1,54 @@
+"""The stream of training batches and its position."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from rcm_jax.data.dataset import batches
+
+ARRAYS = {"x0": np.arange(20.0).reshape(10, 2), "cond": {"label": np.arange(10)}}
+
+
+def labels(iterator, n):
+    return [batch["cond"]["label"].tolist() for batch in itertools.islice(iterator, n)]
+
+
+def test_batches_hold_matching_rows_of_every_array():
+    batch = next(batches(ARRAYS, 4, seed=0))
+    assert batch["x0"].shape == (4, 2)
+    np.testing.assert_array_equal(batch["x0"], ARRAYS["x0"][batch["cond"]["label"]])
+
+
+def test_every_epoch_is_a_new_permutation_and_no_example_is_dropped():
+    stream = list(itertools.chain(*labels(batches(ARRAYS, 4, seed=0), 10)))  # four epochs of ten
+    epochs = [stream[i : i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_the_seed_decides_the_order():
+    assert labels(batches(ARRAYS, 4, seed=0), 5) == labels(batches(ARRAYS, 4, seed=0), 5)
+    assert labels(batches(ARRAYS, 4, seed=0), 5) != labels(batches(ARRAYS, 4, seed=1), 5)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("consumed", [0, 1, 3, 7])
+def test_a_restored_position_goes_on_with_the_next_batch_whatever_was_prefetched(consumed):
+    whole = labels(batches(ARRAYS, 4, seed=0), 12)
+    first = batches(ARRAYS, 4, seed=0)
+    labels(first, consumed)
+    position = first.get_state()
+    again = batches(ARRAYS, 4, seed=0)
+    labels(again, 2)  # its own position is replaced
+    again.set_state(position)
+    assert labels(again, 12 - consumed) == whole[consumed:]
+
+
+def test_a_batch_larger_than_the_data_spans_epochs():
+    assert sorted(labels(batches(ARRAYS, 20, seed=0), 1)[0]) == sorted([*range(10), *range(10)])
+
+
+def test_batch_size_below_one_is_refused_with_its_number():
+    with pytest.raises(ValueError, match="batch size 0"):
+        batches(ARRAYS, 0, seed=0)

@@ -1,0 +1,174 @@
+"""The diffusion transformer: shapes, tangents, and what must not change a number."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rcm_jax.models import DiTConfig
+from rcm_jax.models.dit import patchify, unpatchify
+from rcm_jax.models.layers import REMAT_POLICIES, RMSNorm, layer_norm, sinusoids
+from tests import tiny
+from tests.tiny import assert_trees_close, relative, x64
+
+# The claims do not depend on XLA's optimisations, and compiling takes half the time without them.
+fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compilation)
+
+DEEP = dataclasses.replace(tiny.MODEL, num_layers=2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch"), [((2, 8, 8, 1), 2), ((3, 4, 6, 5), 2), ((1, 6, 9, 2), 3), ((2, 4, 4, 3), 1)]
+)
+def test_unpatchify_undoes_patchify(shape, patch):
+    x = jnp.arange(np.prod(shape)).reshape(shape)
+    tokens = patchify(x, patch)
+    assert tokens.shape == (shape[0], shape[1] * shape[2] // patch**2, patch**2 * shape[3])
+    np.testing.assert_array_equal(unpatchify(tokens, patch, shape), x)
+
+
+def test_tokens_are_patches_row_by_row():
+    x = jnp.arange(16).reshape(1, 4, 4, 1)
+    np.testing.assert_array_equal(patchify(x, 2)[0], [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]])
+
+
+@functools.cache
+def value_and_gradient(config):
+    """(output, gradient of its square) of the network of DEEP under another configuration."""
+    _, params = tiny.dit(DEEP)
+    F, _ = tiny.dit(config)
+    x, t, cond = tiny.inputs()
+
+    def loss(params):
+        out = F(params, x, t, cond)
+        return jnp.sum(out**2), out
+
+    gradient, out = jax.jit(jax.grad(loss, has_aux=True))(params)
+    return out, gradient
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "save_attention"}], ids=str)
+def test_remat_changes_neither_values_nor_gradients(change):
+    out, gradient = value_and_gradient(DEEP)
+    other_out, other_gradient = value_and_gradient(dataclasses.replace(DEEP, **change))
+    np.testing.assert_allclose(other_out, out, rtol=1e-5, atol=1e-5)
+    assert_trees_close(other_gradient, gradient, rtol=1e-4, atol=1e-4)  # float32, other orders of sums of 512 terms
+
+
+def test_every_remat_policy_is_tested():
+    assert set(REMAT_POLICIES) == {"none", "full", "save_attention"}
+
+
+def test_bfloat16_compute_gives_float32_output_near_that_of_float32():
+    out, _ = value_and_gradient(DEEP)
+    low, gradient = value_and_gradient(dataclasses.replace(DEEP, dtype="bfloat16"))
+    assert low.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+    assert 0 < relative(low, out) < 0.05  # 8 bits of mantissa, two blocks
+
+
+@pytest.mark.parametrize("along", ["x", "t", "both"])
+def test_tangent_agrees_with_central_differences_in_float64(along):
+    with x64():
+        config = dataclasses.replace(DEEP, dtype="float64")
+        F, _ = tiny.dit(config)
+        params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), tiny.dit(DEEP)[1])
+        x, t, cond = (jax.tree.map(jnp.asarray, v) for v in tiny.inputs())
+        x, t = x.astype(jnp.float64), t.astype(jnp.float64)
+        dx = jnp.cos(jnp.arange(x.size, dtype=jnp.float64)).reshape(x.shape) * (along != "t")
+        dt = jnp.ones_like(t) * (along != "x")
+        f = jax.jit(lambda x, t: F(params, x, t, cond))
+        tangent = jax.jit(lambda: jax.jvp(lambda x, t: F(params, x, t, cond), (x, t), (dx, dt))[1])()
+        h = STEP[along]
+        difference = (f(x + h * dx, t + h * dt) - f(x - h * dx, t - h * dt)) / (2 * h)
+        assert relative(tangent, difference) < TOLERANCE[along]
+
+
+# A central difference in float64: h²·F''' from truncation, with F''' up to 16³ in time, and 1e-16/h from rounding.
+STEP = {"x": 1e-4, "t": 1e-5, "both": 1e-5}
+TOLERANCE = {"x": 1e-7, "t": 1e-7, "both": 1e-7}
+
+
+def test_output_depends_on_input_time_label_and_position():
+    F, params = tiny.dit()
+    x, t, cond = tiny.inputs()
+    f = jax.jit(F)
+    out = f(params, x, t, cond)
+    assert relative(f(params, 1.1 * x, t, cond), out) > 1e-3
+    assert relative(f(params, x, t + 0.1, cond), out) > 1e-3
+    assert relative(f(params, x, t, {"label": cond["label"] * 0 + tiny.CLASSES}), out) > 1e-3
+    moved = f(params, jnp.roll(x, 4, axis=1), t, cond)  # by a whole patch
+    assert relative(jnp.roll(moved, -4, axis=1), out) > 1e-3
+
+
+def test_samples_of_a_batch_do_not_mix():
+    F, params = tiny.dit()
+    x, t, cond = tiny.inputs()
+    f = jax.jit(F)
+    changed = f(params, x.at[0].add(1.0), t, cond)
+    np.testing.assert_array_equal(changed[1:], f(params, x, t, cond)[1:])
+
+
+def test_a_fresh_network_predicts_zero_and_its_parameters_are_float32_with_logical_axes():
+    boxed = jax.jit(tiny.boxed_init(dataclasses.replace(tiny.MODEL, dtype="bfloat16")))(jax.random.key(0))
+    leaves = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+    assert all(isinstance(leaf, nn.Partitioned) and len(leaf.names) == leaf.value.ndim for leaf in leaves)
+    assert {leaf.value.dtype for leaf in leaves} == {jnp.dtype("float32")}
+    F, _ = tiny.dit()
+    x, t, cond = tiny.inputs()
+    np.testing.assert_array_equal(jax.jit(F)(nn.meta.unbox(boxed), x, t, cond), 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch": 0}, "patch must be at least 1, got 0"),
+        ({"dtype": "float33"}, "'float33' is none of float32"),
+        ({"num_heads": 3}, "num_heads 3 .*dim 16"),
+        ({"remat": "some"}, "'some' is none of none, full, save_attention"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_their_numbers(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(tiny.MODEL, **change)
+
+
+def test_a_patch_that_does_not_divide_the_image_is_refused():
+    with pytest.raises(ValueError, match="patch 3 .*8×9"):
+        patchify(jnp.zeros((1, 8, 9, 1)), 3)
+
+
+def test_layer_norm_has_mean_0_and_variance_1_in_float32():
+    x = 5 + 3 * jax.random.normal(jax.random.key(0), (4, 64), jnp.bfloat16)
+    y = layer_norm(x)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y.mean(-1), 0, atol=1e-5)
+    np.testing.assert_allclose(y.var(-1), 1, atol=1e-4)
+
+
+def test_rms_norm_scales_to_rms_1_and_keeps_the_dtype():
+    x = 7 * jax.random.normal(jax.random.key(0), (4, 64), jnp.bfloat16)
+    norm = RMSNorm()
+    y = norm.apply(nn.meta.unbox(norm.init(jax.random.key(0), x)), x)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(jnp.sqrt(jnp.mean(y.astype(jnp.float32) ** 2, -1)), 1, atol=1e-2)  # bfloat16
+
+
+def test_sinusoids_are_float32_cosines_then_sines():
+    t, frequencies = jnp.asarray([0.5, 1.5], jnp.bfloat16), jnp.asarray([1.0, 16.0])
+    y = sinusoids(t, frequencies)
+    assert y.dtype == jnp.float32
+    angles = np.outer([0.5, 1.5], [1.0, 16.0])
+    np.testing.assert_allclose(y, np.concatenate([np.cos(angles), np.sin(angles)], 1), atol=1e-6)
+
+
+def test_network_is_found_by_its_configuration():
+    network = tiny.make_network()
+    boxed = jax.eval_shape(network.init, jax.random.key(0))
+    assert jax.tree.structure(nn.meta.unbox(boxed)) == jax.tree.structure(tiny.dit()[1])
+    assert isinstance(tiny.MODEL, DiTConfig)

@@ -1,0 +1,160 @@
+"""Workdirs and what is in them."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rcm_jax import checkpoint
+from rcm_jax.experiment import check_teacher
+
+VALUES = {"seed": 0, "model": {"dim": 16}, "pretrain": {"train": {"steps": 5}}, "train": {"steps": 10, "log_every": 5}}
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def changed(path, value):
+    values = copy.deepcopy(VALUES)
+    group, *rest = path.split(".")
+    target = values
+    for name in (group, *rest)[:-1]:
+        target = target[name]
+    target[path.split(".")[-1]] = value
+    return values
+
+
+@pytest.mark.smoke
+def test_a_new_workdir_is_claimed_by_its_config_and_belongs_to_it(tmp_path):
+    workdir = tmp_path / "a" / "b"
+    checkpoint.claim_workdir(workdir, VALUES)
+    assert checkpoint.read_config(workdir) == VALUES
+    assert set(contents(workdir)) == {"config.json"}
+    checkpoint.claim_workdir(workdir, VALUES)
+    assert checkpoint.read_config(workdir) == VALUES
+
+
+def test_an_empty_folder_can_be_claimed(tmp_path):
+    checkpoint.claim_workdir(tmp_path, VALUES)
+    assert checkpoint.read_config(tmp_path) == VALUES
+
+
+def test_tuples_and_lists_are_the_same_config(tmp_path):
+    checkpoint.claim_workdir(tmp_path, VALUES | {"times": ((), (1.0,))})
+    checkpoint.claim_workdir(tmp_path, VALUES | {"times": [[], [1.0]]})
+    assert checkpoint.read_config(tmp_path)["times"] == [[], [1.0]]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(("path", "value"), [("seed", 1), ("model.dim", 32), ("pretrain.train.steps", 6)])
+def test_a_workdir_of_another_config_is_refused_with_the_difference_and_left_untouched(tmp_path, path, value):
+    checkpoint.claim_workdir(tmp_path, VALUES)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=rf"{path} is \d+ there, {value} here.* another --workdir"):
+        checkpoint.claim_workdir(tmp_path, changed(path, value))
+    assert contents(tmp_path) == before
+
+
+def test_keys_that_one_config_lacks_are_a_difference(tmp_path):
+    checkpoint.claim_workdir(tmp_path, VALUES)
+    with pytest.raises(ValueError, match=r"config\.extra is None there, 1 here"):
+        checkpoint.claim_workdir(tmp_path, VALUES | {"extra": 1})
+
+
+def test_many_differences_are_counted_not_listed(tmp_path):
+    checkpoint.claim_workdir(tmp_path, {f"k{i}": i for i in range(9)})
+    with pytest.raises(ValueError, match=r"\(and 4 more\)"):
+        checkpoint.claim_workdir(tmp_path, {f"k{i}": -1 - i for i in range(9)})
+
+
+@pytest.mark.parametrize("path", ["train.steps", "train.log_every"])
+def test_what_decides_only_when_to_stop_and_show_may_change(tmp_path, path):
+    checkpoint.claim_workdir(tmp_path, VALUES)
+    checkpoint.claim_workdir(tmp_path, changed(path, 77))
+    with pytest.raises(ValueError, match=r"model\.dim"):  # the claim is still of the same config
+        checkpoint.claim_workdir(tmp_path, changed("model.dim", 77))
+
+
+def test_a_folder_with_other_files_is_refused_and_left_untouched(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"not empty and has no config\.json"):
+        checkpoint.claim_workdir(tmp_path, VALUES)
+    assert contents(tmp_path) == {"thesis.txt": b"mine"}
+
+
+def test_a_file_is_no_workdir(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises((ValueError, OSError)):
+        checkpoint.claim_workdir(tmp_path / "file", VALUES)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_config_of_a_folder_that_is_no_workdir(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere is no training workdir: it has no config\.json"):
+        checkpoint.read_config(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("text", ["", '{"seed": 0', "[1, 2]"])
+def test_a_broken_config_is_named_with_its_file(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        checkpoint.read_config(tmp_path)
+
+
+def abstract():
+    return {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}
+
+
+def test_item_of_a_folder_without_checkpoints(tmp_path):
+    with pytest.raises(ValueError, match=r"no checkpoint in .*"):
+        checkpoint.restore_item(tmp_path, "ema", abstract())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_item_of_a_step_that_was_not_kept_names_those_that_were(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=r"any step .*: none"):
+        checkpoint.restore_item(tmp_path, "ema", abstract())
+    with pytest.raises(ValueError, match=r"step 7 .*: none"):
+        checkpoint.restore_item(tmp_path, "ema", abstract(), step=7)
+
+
+# --- teachers
+
+
+NETWORK = {"data": "digits", "parametrization": "trigflow", "time_scale": 1.0, "model": {"kind": "dit", "dim": 16}}
+
+
+def test_a_teacher_of_the_same_data_and_network_fits_whatever_else_differs(tmp_path):
+    checkpoint.claim_workdir(tmp_path, NETWORK | {"seed": 3, "pretrain": {"train": {"steps": 9}}})
+    check_teacher(NETWORK | {"seed": 0, "teacher": str(tmp_path), "rcm": {}})
+    assert set(contents(tmp_path)) == {"config.json"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"kind": "dit", "dim": 32}}, "config.model.dim is 32 there, 16 here"),
+        ({"parametrization": "edm"}, "config.parametrization is edm there, trigflow here"),
+        ({"time_scale": 2.0}, "config.time_scale is 2.0 there, 1.0 here"),
+    ],
+)
+def test_a_teacher_of_another_network_is_refused_with_the_difference(tmp_path, change, message):
+    checkpoint.claim_workdir(tmp_path, NETWORK | change)
+    with pytest.raises(ValueError, match=message):
+        check_teacher(NETWORK | {"teacher": str(tmp_path), "rcm": {}})
+
+
+def test_a_student_is_no_teacher(tmp_path):
+    checkpoint.claim_workdir(tmp_path, NETWORK | {"rcm": {}})
+    with pytest.raises(ValueError, match="holds a distilled student"):
+        check_teacher(NETWORK | {"teacher": str(tmp_path), "rcm": {}})
+
+
+@pytest.mark.parametrize("key", ["remat", "dtype"])
+def test_how_a_network_is_computed_does_not_make_it_another_network(tmp_path, key):
+    theirs = NETWORK | {"model": NETWORK["model"] | {key: 1}}
+    checkpoint.claim_workdir(tmp_path, theirs)
+    check_teacher(NETWORK | {"model": NETWORK["model"] | {key: 2}, "teacher": str(tmp_path), "rcm": {}})

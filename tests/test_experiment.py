@@ -1,0 +1,68 @@
+"""Samplers and networks of an experiment."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rcm_jax import denoiser, experiment, samplers
+from rcm_jax.experiment import SamplingConfig
+from tests.tiny import relative
+
+SAMPLING = SamplingConfig(sigma_max=80.0, mid_times=((), (1.1,), (1.3, 0.8)), teacher_shift=3.0)
+SHAPE = (2, 3)
+UNCOND = {"label": np.int32(9)}
+
+
+def F(params, x, t, cond):
+    return jnp.tanh(params * x + t[:, None, None]) + 0.1 * cond["label"][:, None, None]
+
+
+COND = {"label": jnp.arange(6)}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_student_sampler_is_few_step_sampling_with_the_configured_times(steps):
+    key = jax.random.key(0)
+    sampled = experiment.student_sampler(F, SAMPLING, steps)(0.5, key, np.arange(6), COND, SHAPE)
+    noise = jnp.stack([samplers.unit_noise(jax.random.fold_in(key, k), np.arange(6), SHAPE) for k in range(steps)])
+    times = samplers.student_times(80.0, SAMPLING.mid_times[steps - 1])
+    np.testing.assert_allclose(sampled, samplers.few_step(F, 0.5, noise, times, COND), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.smoke
+def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in():
+    for sampler in (
+        experiment.student_sampler(F, SAMPLING, 3),
+        experiment.teacher_sampler(F, UNCOND, 2.0, SAMPLING, 4),
+    ):
+        key, ids = jax.random.key(0), np.arange(6)
+        whole = sampler(0.5, key, ids, COND, SHAPE)
+        halves = [
+            sampler(0.5, key, part, {"label": part}, SHAPE) for part in (ids[:2], ids[2:])
+        ]  # labels are the ids here
+        np.testing.assert_allclose(np.concatenate(halves), whole, rtol=1e-6, atol=1e-6)  # vectorised differently
+
+
+def test_teacher_sampler_is_the_guided_euler_solution_from_the_first_noise_of_the_student():
+    key = jax.random.key(0)
+    sampled = experiment.teacher_sampler(F, UNCOND, 2.0, SAMPLING, 4)(0.5, key, np.arange(6), COND, SHAPE)
+    noise = samplers.unit_noise(jax.random.fold_in(key, 0), np.arange(6), SHAPE)
+    guided = denoiser.guided(F, 2.0)
+    expected = samplers.euler(guided, 0.5, noise, samplers.ode_times(4, 80.0, 3.0), (COND, UNCOND))
+    np.testing.assert_allclose(sampled, expected, rtol=1e-5, atol=1e-5)
+    unguided = experiment.teacher_sampler(F, UNCOND, 1.0, SAMPLING, 4)(0.5, key, np.arange(6), COND, SHAPE)
+    assert relative(unguided, sampled) > 1e-2
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_steps_without_mid_times_are_refused_with_both_numbers(steps):
+    with pytest.raises(ValueError, match=rf"{steps} steps asked for.*1 to 3"):
+        experiment.student_sampler(F, SAMPLING, steps)
+
+
+def test_mid_times_of_the_wrong_length_are_refused():
+    with pytest.raises(ValueError, match=r"mid_times\[1\] is for 2 steps: it needs 1 times, got \[1.1, 1.0\]"):
+        dataclasses.replace(SAMPLING, mid_times=((), (1.1, 1.0)))

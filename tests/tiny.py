@@ -1,0 +1,232 @@
+"""What the tests share: networks of a few hundred parameters, golden cases, float64, a walk over jaxprs."""
+
+import contextlib
+import functools
+import pathlib
+from collections.abc import Iterator
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from kernels import attention
+from rcm_jax import denoiser, experiment, trainer
+from rcm_jax.data.dataset import Dataset
+from rcm_jax.models import DiTConfig
+from rcm_jax.models.dit import DiT
+from rcm_jax.optimizer import OptimizerConfig
+from rcm_jax.sharding import MeshConfig, make_mesh
+from rcm_jax.steps import DiffusionConfig, Method, RcmConfig, Velocities, diffusion_method, rcm_method
+from rcm_jax.train_state import Teacher
+from rcm_jax.trigflow import LogNormal, ShiftedUniform
+from tests.conftest import GOLDEN
+
+BATCH = 8
+SHAPE = (8, 8, 1)
+CLASSES = 3
+UNCOND = {"label": np.int32(CLASSES)}
+MODEL = DiTConfig(num_classes=CLASSES, patch=4, dim=16, num_layers=1, num_heads=2, freq_dim=16)
+
+
+def x64() -> contextlib.AbstractContextManager:
+    """Everything inside is float64 where it was asked for."""
+    return jax.enable_x64(True)
+
+
+def fast_compilation() -> Iterator[None]:
+    """As a fixture: programs are compiled without most of XLA's optimisations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def cases(pattern: str) -> list[pathlib.Path]:
+    """Golden files of that pattern, whatever the folder holds."""
+    return sorted(GOLDEN.glob(pattern))
+
+
+def stem(path) -> str:
+    """A readable test id."""
+    return path.stem if isinstance(path, pathlib.Path) else str(path)
+
+
+def columns(t):
+    """Times of the golden data, [b, 1], as ours: [b]."""
+    assert t.shape[1:] == (1,)
+    return jnp.asarray(t[:, 0])
+
+
+def relative(a, b) -> float:
+    """‖a − b‖/‖b‖ over all elements."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@functools.cache
+def dit(config: DiTConfig = MODEL, key: int = 0, noise: float = 0.1):
+    """(F, params): a DiT as a velocity, with parameters moved off their zero initialisation."""
+    module = DiT(config)
+
+    def net(params, x, t, cond):
+        return module.apply({"params": params}, x, t, **cond)
+
+    params = jax.jit(lambda k: nn.meta.unbox(boxed_init(config)(k)))(jax.random.key(key))
+    return denoiser.from_trigflow(net), perturbed(params, key, noise)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def perturbed(params, key: int, noise: float = 0.1):
+    """params + noise·normal, so that no layer is zero."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(key + 100), len(leaves))
+    moved = [p + noise * jax.random.normal(k, p.shape, p.dtype) for p, k in zip(leaves, keys, strict=True)]
+    return tree.unflatten(moved)
+
+
+def inputs(key: int = 0, batch: int = BATCH):
+    """(x [b, 8, 8, 1], t [b], cond) for a tiny DiT."""
+    x = jax.random.normal(jax.random.key(key), (batch, *SHAPE))
+    return x, jnp.linspace(0.1, 1.5, batch), {"label": jnp.arange(batch) % CLASSES}
+
+
+def arrays(n: int = 40) -> dict:
+    """A data set of n examples as `rcm_jax.data.dataset.batches` takes it."""
+    rng = np.random.default_rng(0)
+    return {
+        "x0": rng.normal(size=(n, *SHAPE)).astype(np.float32),
+        "cond": {"label": np.arange(n, dtype=np.int32) % CLASSES},
+    }
+
+
+def one_device():
+    """A mesh of a single device."""
+    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
+
+
+def boxed_init(config: DiTConfig = MODEL):
+    """key -> boxed parameters of a tiny DiT."""
+    module = DiT(config)
+    x, t, cond = jnp.zeros((1, *SHAPE)), jnp.zeros(1), {"label": jnp.zeros(1, int)}
+    return lambda key: module.init(key, x, t, **cond)["params"]
+
+
+def rcm_config(**changes) -> RcmConfig:
+    """Warm-up of 4 iterations, then every third is the student's."""
+    optimizer = OptimizerConfig(learning_rate=1e-2, b2=0.99, warmup_steps=4)
+    values = dict(
+        scm_time=LogNormal(0.0, 1.0),
+        dmd_time=ShiftedUniform(5.0),
+        student=optimizer,
+        fake_score=optimizer,
+        guidance=2.0,
+        scm_scale=1.0,
+        dmd_scale=0.2,
+        update_freq=3,
+        warmup=4,
+        max_rollout=3,
+        ema_std=0.1,
+    )
+    return RcmConfig(**values | changes)
+
+
+def distillation(F: denoiser.Velocity, **changes) -> Method:
+    """The rCM method on one network for all three roles."""
+    config = rcm_config(**changes)
+    return rcm_method(config, Velocities(F, denoiser.guided(F, config.guidance), F))
+
+
+def pretraining(F: denoiser.Velocity) -> Method:
+    """The diffusion method."""
+    optimizer = OptimizerConfig(learning_rate=1e-2, b1=0.9, b2=0.99, warmup_steps=4)
+    return diffusion_method(DiffusionConfig(LogNormal(-0.2, 1.2), optimizer, ema_std=0.1), F, UNCOND)
+
+
+def teacher(params) -> Teacher:
+    """The frozen side."""
+    return Teacher(params, UNCOND)
+
+
+def placed(method: Method, mesh, params, config: DiTConfig = MODEL):
+    """(state, shardings) of a method on a mesh, from given parameters."""
+    boxed = jax.eval_shape(boxed_init(config), jax.random.key(0))
+    return trainer.place_state(method, boxed, mesh, params)
+
+
+def make_network():
+    """The tiny network as scripts/train.py makes it."""
+    run = experiment.Pretraining(
+        seed=0, data="digits", model=MODEL, parametrization="trigflow", time_scale=1.0, pretrain=None,
+        sampling=None, mesh=MeshConfig(),
+    )  # fmt: skip
+    examples = {"x0": np.zeros((1, *SHAPE), np.float32)}
+    return experiment.make_network(run, Dataset(examples, examples, UNCOND, CLASSES, to_image=None))
+
+
+def equations(jaxpr, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], core.JaxprEqn]]:
+    """(names of the enclosing primitives, equation) of a jaxpr and of every jaxpr inside it."""
+    for eqn in jaxpr.eqns:
+        yield path, eqn
+        for value in eqn.params.values():
+            for item in value if isinstance(value, tuple | list) else (value,):
+                item = item.jaxpr if isinstance(item, core.ClosedJaxpr) else item
+                if isinstance(item, core.Jaxpr):
+                    yield from equations(item, (*path, eqn.primitive.name))
+
+
+def assert_trees_equal(a, b) -> None:
+    """The same structure, and every leaf the same to the last bit (NaN equals NaN)."""
+    a, b = (jax.tree.map(_plain, tree) for tree in (a, b))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_trees_close(a, b, *, rtol: float, atol: float) -> None:
+    """The same structure, and every leaf close."""
+    a, b = (jax.tree.map(_plain, tree) for tree in (a, b))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
+
+
+def _plain(x):
+    return np.asarray(jax.device_get(x))
+
+
+KERNELS = ("forward", "tangent", "backward")
+
+
+def mark_attention_kernels(monkeypatch) -> None:
+    """Wrap the kernels of every attention implementation in jits, so that a jaxpr shows them by name."""
+    for name, implementation in attention.IMPLEMENTATIONS.items():
+        marked = [_marked(kernel, getattr(implementation, kernel)) for kernel in KERNELS]
+        monkeypatch.setitem(attention.IMPLEMENTATIONS, name, attention.Implementation(*marked))
+
+
+def _marked(name, kernel):
+    def call(*args):
+        arrays = [i for i, arg in enumerate(args) if isinstance(arg, jax.Array)]
+
+        def inner(*values):
+            filled = list(args)
+            for i, value in zip(arrays, values, strict=True):
+                filled[i] = value
+            return kernel(*filled)
+
+        inner.__name__ = f"attention_{name}"
+        return jax.jit(inner)(*(args[i] for i in arrays))
+
+    return call
+
+
+def count_attention_kernels(closed: core.ClosedJaxpr, inside: str = "scan") -> dict[str, int]:
+    """How often each marked kernel stands inside the scans over blocks."""
+    found = [eqn.params.get("name") for path, eqn in equations(closed.jaxpr) if inside in path]
+    return {name: found.count(f"attention_{name}") for name in KERNELS}
+
+
+def named_outputs(function, name: str) -> int:
+    """checkpoint_name equations of that name in the jaxpr of function(), name(name(x)) counted once."""
+    found = [eqn for _, eqn in equations(jax.make_jaxpr(function)().jaxpr) if eqn.primitive.name == "name"]
+    found = [eqn for eqn in found if eqn.params["name"] == name]
+    made = {id(eqn.outvars[0]) for eqn in found}
+    return sum(id(eqn.invars[0]) not in made for eqn in found)
