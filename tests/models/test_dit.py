@@ -139,7 +139,7 @@ def test_sizes_that_do_not_fit_are_refused_with_their_numbers(change, message):
 
 
 def test_a_patch_that_does_not_divide_the_image_is_refused():
-    with pytest.raises(ValueError, match="patch 3 .*8×9"):
+    with pytest.raises(ValueError, match="patch 3 does not divide the image 8×9"):
         patchify(jnp.zeros((1, 8, 9, 1)), 3)
 
 
