@@ -23,7 +23,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
     with pytest.raises(RuntimeError, match="disk full"):
         write_whole(path, fail)
-    assert path.read_text() == "old"
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_folders_are_made(tmp_path):

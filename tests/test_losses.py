@@ -248,7 +248,7 @@ def test_plain_gradient_computes_attention_once_per_block(monkeypatch):
 
 
 def test_scm_gradient_names_no_more_attention_outputs_than_the_plain_gradient():
-    """name(name(o)), from a derivative of a derivative, is one output that carries its name twice."""
+    """A derivative of a derivative does not name its output again: a remat policy would keep it twice."""
     assert tiny.named_outputs(scm_gradient, "attention_out") == 1
     assert tiny.named_outputs(plain_gradient, "attention_out") == 1
 

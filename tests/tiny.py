@@ -73,8 +73,9 @@ def dit(config: DiTConfig = MODEL, key: int = 0, noise: float = 0.1):
     def net(params, x, t, cond):
         return module.apply({"params": params}, x, t, **cond)
 
-    params = jax.jit(lambda k: nn.meta.unbox(boxed_init(config)(k)))(jax.random.key(key))
-    return denoiser.from_trigflow(net), perturbed(params, key, noise)
+    with jax.ensure_compile_time_eval():  # arrays, also where the first call is inside a trace
+        params = jax.jit(lambda k: nn.meta.unbox(boxed_init(config)(k)))(jax.random.key(key))
+        return denoiser.from_trigflow(net), perturbed(params, key, noise)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -225,8 +226,6 @@ def count_attention_kernels(closed: core.ClosedJaxpr, inside: str = "scan") -> d
 
 
 def named_outputs(function, name: str) -> int:
-    """checkpoint_name equations of that name in the jaxpr of function(), name(name(x)) counted once."""
+    """checkpoint_name equations of that name in the jaxpr of function(): each is an array that a policy would keep."""
     found = [eqn for _, eqn in equations(jax.make_jaxpr(function)().jaxpr) if eqn.primitive.name == "name"]
-    found = [eqn for eqn in found if eqn.params["name"] == name]
-    made = {id(eqn.outvars[0]) for eqn in found}
-    return sum(id(eqn.invars[0]) not in made for eqn in found)
+    return [eqn.params["name"] for eqn in found].count(name)

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from rcm_jax.evaluate.picture import grid, save_png
-from rcm_jax.files import write_whole
 
 
 def test_layout():
@@ -55,16 +54,3 @@ def test_png_round_trip(tmp_path, channels):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     with pytest.raises(ValueError, match=r"float64.*expected uint8"):
         save_png(path, picture / 255)
-
-
-def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-
-    def fail(temporary):
-        temporary.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(path, fail)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
