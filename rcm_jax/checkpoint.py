@@ -26,6 +26,8 @@ MAY_CHANGE = {f"config.train.{key}" for key in ("steps", *_HABITS)} | {
 def claim_workdir(workdir, values: dict) -> None:
     """Write config.json into a new workdir; ValueError if an old one is of another config (but see MAY_CHANGE)."""
     workdir = pathlib.Path(workdir)
+    if workdir.parts and workdir.parts[0].endswith(":"):
+        raise ValueError(f"workdir {workdir}: only folders of this machine's file systems can be workdirs so far")
     path = workdir / "config.json"
     if path.exists():
         there, here = flatten(read_config(workdir)), flatten(values)

@@ -96,6 +96,13 @@ def test_config_of_a_folder_that_is_no_workdir(tmp_path):
         checkpoint.read_config(tmp_path / "nowhere")
 
 
+def test_a_workdir_in_an_object_store_is_refused_and_no_folder_of_its_name_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"gs:.*only folders of this machine"):
+        checkpoint.claim_workdir("gs://bucket/run", {"seed": 0})
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("text", ["", '{"seed": 0', "[1, 2]"])
 def test_a_broken_config_is_named_with_its_file(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
