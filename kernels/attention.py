@@ -59,7 +59,7 @@ def flash_attention(q, k, v, *, scale=None, implementation="auto"):
       implementation: "auto" or a name in IMPLEMENTATIONS.
 
     Returns:
-      [b, l, n, d] in the dtype of q; computed in float32 at least.
+      [b, l, n, d] in the dtype of q; computed in float32 at least, products at JAX's matmul precision of the backend.
 
     Raises:
       ValueError: unknown implementation, or shapes that do not fit.
@@ -68,7 +68,7 @@ def flash_attention(q, k, v, *, scale=None, implementation="auto"):
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     _check(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    o, _ = _attend(_choose(implementation), scale, True, *_vary_alike(q, k, v))
+    o, _ = _attend(_choose(implementation), scale, *_vary_alike(q, k, v))
     return o
 
 
@@ -115,19 +115,18 @@ def _vary_alike(*arrays):
     return [jax.lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(arrays, missing, strict=True)]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _attend(implementation, scale, named, q, k, v):
-    """(o, lse), differentiable: lse has no tangent. `named`: derivatives name o and lse for remat policies."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _attend(implementation, scale, q, k, v):
+    """(o, lse), differentiable: lse has no tangent."""
     return implementation.forward(q, k, v, scale)
 
 
 @functools.partial(_attend.defjvp, symbolic_zeros=True)
-def _attend_jvp(implementation, scale, named, primals, tangents):
+def _attend_jvp(implementation, scale, primals, tangents):
     # The op itself, not its forward function: an outer derivative (of a jvp, of a vjp) differentiates the value made
-    # here. It needs no name of its own: a policy would save the array twice.
-    o, lse = _attend(implementation, scale, False, *primals)
-    if named:
-        o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
+    # here, and its residuals are that inner value. So every level names its own; a policy keeps o once for each.
+    o, lse = _attend(implementation, scale, *primals)
+    o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
     no_lse_tangent = SymbolicZero(jax.typeof(lse).to_tangent_aval())
     live = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents)
     do = _push_forward(implementation, scale, jax.lax.stop_gradient((*primals, o, lse)), live)

@@ -16,15 +16,18 @@ from rcm_jax.files import write_text
 from rcm_jax.train_state import TrainState
 
 # What may change between a run and its continuation: when it stops and what it shows, not what it learns.
+_SHOWN = {f"config.sampling.{key}" for key in ("sigma_max", "mid_times", "teacher_shift")}
 # (More pretraining steps would be another teacher.)
 _HABITS = ("log_every", "checkpoint_every", "sample_every", "keep", "wandb")
-MAY_CHANGE = {f"config.train.{key}" for key in ("steps", *_HABITS)} | {
-    f"config.pretrain.train.{key}" for key in _HABITS
-}
+MAY_CHANGE = (
+    _SHOWN
+    | {f"config.train.{key}" for key in ("steps", *_HABITS)}
+    | {f"config.pretrain.train.{key}" for key in _HABITS}
+)
 
 
 def claim_workdir(workdir, values: dict) -> None:
-    """Write config.json into a new workdir; ValueError if an old one is of another config (but see MAY_CHANGE)."""
+    """Write config.json into a workdir; ValueError if it is there, of another config in more than MAY_CHANGE."""
     workdir = pathlib.Path(workdir)
     if workdir.parts and workdir.parts[0].endswith(":"):
         raise ValueError(f"workdir {workdir}: only folders of this machine's file systems can be workdirs so far")
@@ -40,11 +43,12 @@ def claim_workdir(workdir, values: dict) -> None:
             shown = "; ".join(f"{key} is {there.get(key)} there, {here.get(key)} here" for key in differing[:5])
             more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
             raise ValueError(f"workdir {workdir} belongs to another config: {shown}{more}. Choose another --workdir.")
+        if there == here:
+            return
     elif workdir.exists() and any(workdir.iterdir()):
         raise ValueError(f"workdir {workdir} is not empty and has no config.json: choose a new or empty --workdir")
-    else:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(values, indent=1) + "\n")
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def read_config(workdir) -> dict:
@@ -76,11 +80,9 @@ def save(manager: ocp.CheckpointManager, state: TrainState, data) -> None:
     manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(_encode(data.get_state()))))
 
 
-def restore(manager: ocp.CheckpointManager, abstract: TrainState, data) -> TrainState | None:
-    """The newest state, placed as the shardings of `abstract` say, and `data` moved to its position; None if none."""
+def restore(manager: ocp.CheckpointManager, abstract: TrainState, data) -> TrainState:
+    """The newest state, placed as the shardings of `abstract` say, and `data` moved to its position."""
     step = manager.latest_step()
-    if step is None:
-        return None
     items = {name: ocp.args.StandardRestore(item) for name, item in _items(abstract).items()}
     restored = manager.restore(step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
     data.set_state(_decode(restored["data"]))

@@ -14,7 +14,7 @@ from rcm_jax.data import DATASETS
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.models import NETWORKS, DiTConfig
 from rcm_jax.sharding import MeshConfig
-from rcm_jax.steps import DiffusionConfig, RcmConfig
+from rcm_jax.steps import DiffusionConfig, RcmConfig, student_updates
 from rcm_jax.trainer import TrainConfig
 from rcm_jax.trigflow import LogNormal, ShiftedUniform
 
@@ -74,6 +74,15 @@ class Experiment(Pretraining):
     rcm: RcmConfig
     train: TrainConfig
 
+    def __post_init__(self):
+        super().__post_init__()
+        updates, student = student_updates(self.rcm, self.train.steps), self.rcm.student
+        if 0 < student.decay_steps < updates and student.final_scale == 0:
+            raise ValueError(
+                f"train.steps {self.train.steps} makes {updates} student updates, but the learning rate is 0 after "
+                f"rcm.student.decay_steps = {student.decay_steps}: raise decay_steps or final_scale"
+            )
+
 
 # What a teacher and its student must agree on, less how it is computed.
 SHARED_WITH_TEACHER = ("data", "model", "parametrization", "time_scale")
@@ -90,8 +99,8 @@ def teacher_values(values: dict) -> dict:
     return {field.name: values[field.name] for field in dataclasses.fields(Pretraining)}
 
 
-def check_teacher(values: dict) -> None:
-    """ValueError unless values["teacher"] is the workdir of a teacher for the same data and network."""
+def check_teacher(values: dict) -> int:
+    """The step of the finished teacher; ValueError unless values["teacher"] is a teacher's workdir that fits."""
     folder = values["teacher"]
     there = checkpoint.read_config(folder)
     if "rcm" in there:
@@ -104,6 +113,7 @@ def check_teacher(values: dict) -> None:
     ]
     if differing:
         raise ValueError(f"the teacher in {folder} does not fit this config: {'; '.join(differing)}")
+    return there["pretrain"]["train"]["steps"]
 
 
 class Network(NamedTuple):
@@ -145,9 +155,7 @@ def student_sampler(F: denoiser.Velocity, sampling: SamplingConfig, steps: int) 
     Step k draws its noise with fold_in(key, k), per sample: k = 0 is the noise that teacher_sampler starts from.
     """
     if not 1 <= steps <= len(sampling.mid_times):
-        raise ValueError(
-            f"{steps} steps asked for, but sampling.mid_times covers 1 to {len(sampling.mid_times)}: give the mid times"
-        )
+        raise ValueError(f"{steps} steps asked for, but sampling.mid_times covers 1 to {len(sampling.mid_times)}")
     times = samplers.student_times(sampling.sigma_max, sampling.mid_times[steps - 1])
 
     def sample(params, key, ids, cond, shape):

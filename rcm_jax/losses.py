@@ -26,7 +26,7 @@ def scm(F: denoiser.Velocity, params, x_t, t, cond, F_teacher, *, r, warmup_form
 
     x_t, F_teacher [b, ...]; t [b]; r in [0, 1] the tangent warm-up (may be traced). One jax.jvp gives F, which carries
     the gradient, and dF, which does not: there is no second student forward. A sample whose F or tangent is not
-    finite contributes 0 and is counted in the metric "nonfinite".
+    finite contributes 0 and has 1 in the metric "nonfinite".
     """
     cs = jnp.cos(t) * jnp.sin(t)
     F_theta, dF = jax.jvp(lambda x, t: F(params, x, t, cond), (x_t, t), (trigflow.expand(cs, x_t) * F_teacher, cs))

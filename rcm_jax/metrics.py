@@ -3,7 +3,7 @@
 import json
 import math
 import pathlib
-import zlib
+import secrets
 
 import jax
 from tensorboardX import SummaryWriter
@@ -26,10 +26,11 @@ class MetricsWriter:
                 import wandb as library
             except ImportError:
                 raise ValueError('config.train.wandb needs the extra: pip install --editable ".[wandb]"') from None
-            # The id follows from the place, so that a resumed run goes on in the same curve.
-            place = str(workdir.absolute())
+            note = workdir / "wandb_id"  # a resumed run goes on in the same curves
+            if not note.exists():
+                write_text(note, secrets.token_hex(4))
             self.wandb = library.init(
-                dir=place, name=workdir.name, id=f"{zlib.crc32(place.encode()):08x}", resume="allow", project="rcm_jax"
+                project="rcm_jax", name=workdir.name, id=note.read_text(), resume="allow", dir=str(workdir)
             )
 
     def write(self, step: int, values: dict) -> None:

@@ -89,9 +89,13 @@ def diffusion_method(config: DiffusionConfig, F: denoiser.Velocity, uncond) -> M
 def rcm_method(config: RcmConfig, velocities: Velocities) -> Method:
     """Distillation as a method: warmup (sCM alone), student (sCM + DMD) and critic (fake score) phases."""
     student, fake_score = make_optimizer(config.student), make_optimizer(config.fake_score)
+    scm_alone = partial(student_step, config, velocities, student, with_dmd=False)
+    if not config.dmd_scale:  # nothing needs a fake score
+        steps = {"warmup": scm_alone, "student": scm_alone}
+        return Method(partial(_init, student, None), partial(rcm_phase, config), steps)
     steps = {
-        "warmup": partial(student_step, config, velocities, student, with_dmd=False),
-        "student": partial(student_step, config, velocities, student, with_dmd=config.dmd_scale != 0),
+        "warmup": scm_alone,
+        "student": partial(student_step, config, velocities, student, with_dmd=True),
         "critic": partial(critic_step, config, velocities, fake_score),
     }
     return Method(partial(_init, student, fake_score), partial(rcm_phase, config), steps)
@@ -102,6 +106,12 @@ def rcm_phase(config: RcmConfig, i: int) -> str:
     if config.dmd_scale and i >= config.warmup and (i - config.warmup) % config.update_freq:
         return "critic"
     return "student" if i > config.warmup else "warmup"
+
+
+def student_updates(config: RcmConfig, steps: int) -> int:
+    """How many of the first `steps` iterations update the student."""
+    after = max(steps - config.warmup, 0)
+    return min(steps, config.warmup) + (-(-after // config.update_freq) if config.dmd_scale else after)
 
 
 def _init(optimizer, fake_optimizer, params) -> TrainState:

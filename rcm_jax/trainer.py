@@ -83,10 +83,10 @@ def fit(
     check_batch(config.batch_size, mesh)
     compiled = compile_steps(method, shardings, key)
     with checkpoint.open_manager(workdir, config.keep) as manager, _stop_requested() as stop:
-        restored = checkpoint.restore(manager, checkpoint.abstract_like(state, shardings), data)
-        if restored is not None:
+        if manager.latest_step() is not None:
+            abstract = checkpoint.abstract_like(state, shardings)
             jax.tree.map(lambda leaf: leaf.delete(), state)  # two states of 14B parameters need not fit
-            state = restored
+            state = checkpoint.restore(manager, abstract, data)
         step, mean = int(state.step), Mean()
         with contextlib.closing(MetricsWriter(workdir, step, config.wandb)) as writer, _bar(label, step, config) as bar:
             while step < config.steps:
@@ -98,10 +98,10 @@ def fit(
                 stopping = stop()
                 last = stopping or step == config.steps
                 if last or step % config.log_every == 0:
-                    values = mean.read()
+                    count, values = len(mean.rows), mean.read()
                     writer.write(step, values)
                     bar.set_postfix(_shown(values), refresh=False)
-                    _check_updates(values, step, config.log_every)
+                    _check_updates(values, step, count)
                 if last or step % config.checkpoint_every == 0:
                     checkpoint.save(manager, state, data)
                 if on_sample and (last or step % config.sample_every == 0):
@@ -117,12 +117,12 @@ def _bar(label, step, config) -> tqdm:
     return tqdm(total=config.steps, initial=step, desc=label, unit="step", dynamic_ncols=True, mininterval=often)
 
 
-def _check_updates(values: dict, step: int, log_every: int) -> None:
-    """ValueError if no update of some network was applied in a whole log interval of 10 steps or more."""
+def _check_updates(values: dict, step: int, count: int) -> None:
+    """ValueError if no update of some network was applied in the `count` steps that values are means of, 10 or more."""
     dead = [name.split("/")[0] for name, value in values.items() if name.endswith("/skipped") and value == 1.0]
-    if dead and log_every >= 10:
+    if dead and count >= 10:
         raise ValueError(
-            f"the gradient of {dead[0]} was not finite in any update of the {log_every} steps to {step}: training has "
+            f"the gradient of {dead[0]} was not finite in any update of the {count} steps to {step}: training has "
             "diverged. The last checkpoint is whole; lower the learning rate, or look at metrics.jsonl for the cause."
         )
 

@@ -41,11 +41,6 @@ def euler(x, F, t, u):
     return jnp.cos(h) * x + jnp.sin(h) * F
 
 
-def sigma_to_time(sigma):
-    """t = arctan(sigma); no cancellation at either end."""
-    return jnp.arctan(sigma)
-
-
 def rectified_flow_time(t):
     """(3) tau = s/(c+s), the rectified-flow time of equal signal-to-noise ratio."""
     return jnp.sin(t) / (jnp.cos(t) + jnp.sin(t))

@@ -1,5 +1,6 @@
 """What the scripts share: flags, configs from files, errors in one line."""
 
+import os
 import pathlib
 import re
 import sys
@@ -21,6 +22,8 @@ def run(main: Callable[[], None]) -> None:
                 raise ValueError(f"unknown argument {argv[1]!r}: flags look like --name=value")
             main()
         except (ValueError, OSError) as error:
+            if os.environ.get("RCM_TRACEBACK"):
+                raise
             fail(error)
 
     def parse(argv):

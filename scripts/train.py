@@ -37,8 +37,8 @@ def main():
     abstract = jax.eval_shape(network.init, jax.random.key(0))
     folder = pathlib.Path(run.teacher or workdir / "teacher")
     if run.teacher:  # read before anything is written
-        experiment.check_teacher(values)
-        params = checkpoint.restore_item(folder, "ema", trainer.abstract_params(abstract, mesh))
+        step = experiment.check_teacher(values)
+        params = checkpoint.restore_item(folder, "ema", trainer.abstract_params(abstract, mesh), step)
     checkpoint.claim_workdir(workdir, values)
     try:
         if not run.teacher:
@@ -48,7 +48,7 @@ def main():
         state = distil(run, workdir, mesh, dataset, network, abstract, teacher)
     except trainer.Interrupted as stop:
         print(stop)
-        return
+        raise SystemExit(130) from None  # not finished, as a shell says it
     print(f"trained in {(time.time() - started) / 60:.1f} min; evaluating")
     print(write_distillation_report(run, workdir, folder, dataset, network.F, teacher, state.ema))
     print(f"{workdir / 'report'}: report.png, report.json ({(time.time() - started) / 60:.1f} min in all)")

@@ -223,9 +223,3 @@ def count_attention_kernels(closed: core.ClosedJaxpr, inside: str = "scan") -> d
     """How often each marked kernel stands inside the scans over blocks."""
     found = [eqn.params.get("name") for path, eqn in equations(closed.jaxpr) if inside in path]
     return {name: found.count(f"attention_{name}") for name in KERNELS}
-
-
-def named_outputs(function, name: str) -> int:
-    """checkpoint_name equations of that name in the jaxpr of function(): each is an array that a policy would keep."""
-    found = [eqn for _, eqn in equations(jax.make_jaxpr(function)().jaxpr) if eqn.primitive.name == "name"]
-    return [eqn.params["name"] for eqn in found].count(name)

@@ -33,7 +33,8 @@ def draw(sampler, params, key, labels, shape) -> np.ndarray:
 
 def write_samples(run: Experiment, workdir, dataset, sampler, params, step: int) -> None:
     """A picture of what a network samples while it trains: workdir/samples/STEP.png, a row per class."""
-    images = draw(sampler, params, jax.random.key(run.seed), labels_by_class(dataset, SHOWN), dataset.sample_shape)
+    key = jax.random.fold_in(jax.random.key(run.seed), 4)
+    images = draw(sampler, params, key, labels_by_class(dataset, SHOWN), dataset.sample_shape)
     save_png(pathlib.Path(workdir) / "samples" / f"{step:08d}.png", grid(dataset.to_image(images), SHOWN, upscale=4))
 
 
@@ -74,9 +75,10 @@ def write_distillation_report(run: Experiment, workdir, teacher_dir, dataset, F,
         panels=panels,
         curves=_curves(workdir, teacher_dir),
         rows=table(rows, relative_to=BASELINE),
-        title="rCM on digits",
+        title=f"rCM on {run.data}",
         footer=f"Seed {run.seed}. Fréchet distances (FD) of {SAMPLES} samples to {len(test[1])} held-out real images; "
-        f"ratios to {BASELINE}. Classifier accuracy on held-out images: {reference.accuracy:.3f}.",
+        f"ratios to {BASELINE}.\nThe real row is the {len(train[1])} images that trained the classifier; "
+        f"its accuracy on the held-out ones is {reference.accuracy:.3f}.",
         columns=SHOWN,
         row_labels=[str(c) for c in range(dataset.num_classes)],
         metadata={"seed": run.seed, "samples": SAMPLES, "classifier_accuracy": reference.accuracy},

@@ -296,6 +296,18 @@ class TestEveryImplementation:
 
         assert products("remat but o and lse") == products("no remat") == products("remat") - 2
 
+    def test_saved_names_spare_the_second_forward_pass_in_the_gradient_of_a_jvp(self, attend):
+        q, k, v, dq, *_ = arrays("one_tile")
+
+        def products(remat):
+            def loss(q):
+                f, df = jax.jvp(lambda q: REMAT[remat](attend)(q, k, v), (q,), (dq,))
+                return jnp.sum(jnp.sin(f) * jax.lax.stop_gradient(f + df))
+
+            return str(jax.jit(jax.grad(loss)).lower(q).compile().as_text()).count(" dot(")
+
+        assert products("remat but o and lse") < products("remat")
+
 
 class TestBlockwise:
     @pytest.mark.parametrize("name", ["wan_14b", "cosmos_2b", "wan_14b_cross", "cpu_8192", "cpu_2048"])
