@@ -136,7 +136,7 @@ NETWORK = {"data": "digits", "parametrization": "trigflow", "time_scale": 1.0, "
 
 def test_a_teacher_of_the_same_data_and_network_fits_whatever_else_differs(tmp_path):
     checkpoint.claim_workdir(tmp_path, NETWORK | {"seed": 3, "pretrain": {"train": {"steps": 9}}})
-    check_teacher(NETWORK | {"seed": 0, "teacher": str(tmp_path), "rcm": {}})
+    assert check_teacher(NETWORK | {"seed": 0, "teacher": str(tmp_path), "rcm": {}}) == 9  # where it was finished
     assert set(contents(tmp_path)) == {"config.json"}
 
 
@@ -162,6 +162,6 @@ def test_a_student_is_no_teacher(tmp_path):
 
 @pytest.mark.parametrize("key", ["remat", "dtype"])
 def test_how_a_network_is_computed_does_not_make_it_another_network(tmp_path, key):
-    theirs = NETWORK | {"model": NETWORK["model"] | {key: 1}}
+    theirs = NETWORK | {"model": NETWORK["model"] | {key: 1}, "pretrain": {"train": {"steps": 9}}}
     checkpoint.claim_workdir(tmp_path, theirs)
     check_teacher(NETWORK | {"model": NETWORK["model"] | {key: 2}, "teacher": str(tmp_path), "rcm": {}})

@@ -133,7 +133,6 @@ def test_the_part_that_makes_the_teacher_is_a_pretraining_without_the_rest():
         ("rcm.student.learning_rate", "big", r"config.rcm.student.learning_rate must be float"),
         ("parametrization", "v", r"config: parametrization 'v' is none of trigflow, rectified_flow, edm"),
         ("data", "cats", r"config: data 'cats' is none of digits"),
-        ("model.patch", 3, r"config.model: patch 3 does not divide the image 8×8"),
         ("train.batch_size", 0, r"config.train: batch_size must be at least 1"),
         ("sampling.mid_times", [[], [1.1, 1.0]], r"config.sampling: mid_times\[1\] is for 2 steps"),
     ],

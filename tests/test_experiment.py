@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import digits
 from rcm_jax import denoiser, experiment, samplers
 from rcm_jax.experiment import SamplingConfig
+from rcm_jax.steps import rcm_phase, student_updates
 from tests.tiny import relative
 
 SAMPLING = SamplingConfig(sigma_max=80.0, mid_times=((), (1.1,), (1.3, 0.8)), teacher_shift=3.0)
@@ -66,3 +68,22 @@ def test_steps_without_mid_times_are_refused_with_both_numbers(steps):
 def test_mid_times_of_the_wrong_length_are_refused():
     with pytest.raises(ValueError, match=r"mid_times\[1\] is for 2 steps: it needs 1 times, got \[1.1, 1.0\]"):
         dataclasses.replace(SAMPLING, mid_times=((), (1.1, 1.0)))
+
+
+def test_more_student_updates_than_the_learning_rate_lasts_are_refused_with_the_numbers():
+    values = digits.get_config().to_dict()
+    values["train"]["steps"] = 4403
+    with pytest.raises(ValueError, match=r"train\.steps 4403 makes 1801 student updates, .*decay_steps = 1800"):
+        experiment.from_mapping(values)
+    values["rcm"]["student"]["final_scale"] = 0.1
+    assert experiment.from_mapping(values).train.steps == 4403
+
+
+def test_student_updates_are_counted_as_the_phases_make_them():
+    for dmd_scale in (0.0, 1.0):
+        values = digits.get_config().to_dict()
+        values["rcm"]["student"]["decay_steps"] = 0
+        config = experiment.from_mapping(values | {"rcm": values["rcm"] | {"warmup": 5, "dmd_scale": dmd_scale}}).rcm
+        for steps in (0, 3, 5, 6, 7, 8, 9, 20):
+            phases = [rcm_phase(config, i) for i in range(steps)]
+            assert student_updates(config, steps) == len(phases) - phases.count("critic")
