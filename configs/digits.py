@@ -5,6 +5,7 @@ python scripts/train.py --config=configs/digits.py --workdir=DIR
 14 minutes on two cores, teacher included. Fréchet distance to held-out digits relative to the teacher at 50 steps, mean
 of seeds 0 to 2, in classifier features / in pixels: student 1.21 / 1.08 at 1 step, 1.09 / 0.99 at 2, 1.00 / 0.99 at 4;
 teacher 2.00 / 2.06 at 4. Within-class diversity 1.02 to 1.03 of the teacher's, accuracy at most 1.2 points below it.
+The settings were chosen on seed 0 by these distances; seeds 1 and 2 alone: 1.26 / 1.09 at 1 step, 0.99 / 1.01 at 4.
 """
 
 from ml_collections import ConfigDict
