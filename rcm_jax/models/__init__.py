@@ -1,5 +1,6 @@
 """Networks by their configuration. The only folder with flax.linen modules."""
 
 from rcm_jax.models.dit import DiT, DiTConfig
+from rcm_jax.models.wan import Wan, WanConfig
 
-NETWORKS = {DiTConfig: DiT}
+NETWORKS = {DiTConfig: DiT, WanConfig: Wan}

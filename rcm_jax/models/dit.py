@@ -5,7 +5,17 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from rcm_jax.models.layers import DTYPES, REMAT_POLICIES, Mlp, SelfAttention, dense, layer_norm, sinusoids
+from rcm_jax.models.layers import (
+    Mlp,
+    SelfAttention,
+    check_config,
+    dense,
+    layer_norm,
+    patchify,
+    sinusoids,
+    stack,
+    unpatchify,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +39,7 @@ class DiTConfig:
         return jnp.promote_types(self.dtype, jnp.float32)
 
     def __post_init__(self):
-        for name in ("num_classes", "patch", "dim", "num_layers", "num_heads", "mlp_ratio", "freq_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
-        if self.dim % self.num_heads:
-            raise ValueError(f"num_heads {self.num_heads} does not divide dim {self.dim}")
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat {self.remat!r} is none of {', '.join(REMAT_POLICIES)}")
+        check_config(self, ("num_classes", "patch", "dim", "num_layers", "num_heads", "mlp_ratio", "freq_dim"))
 
 
 class Block(nn.Module):
@@ -66,7 +68,8 @@ class DiT(nn.Module):
     @nn.compact
     def __call__(self, x, t, label):
         c = self.config
-        x_blc = dense(c.dim, "patch_in", dtype=c.dtype, axes=("features", "embed"))(patchify(x, c.patch))
+        x, patch = x[:, None], (1, c.patch, c.patch)  # one frame
+        x_blc = dense(c.dim, "patch_in", dtype=c.dtype, axes=("features", "embed"))(patchify(x, patch))
         x_blc = x_blc + self.param(
             "position", nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vector", "embed")), x_blc.shape[1:]
         ).astype(c.dtype)
@@ -81,35 +84,10 @@ class DiT(nn.Module):
             embedding_init=nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vector", "embed")),
         )(label)
 
-        block = Block if c.remat == "none" else nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
-        blocks = nn.scan(
-            block,
-            length=c.num_layers,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        x_blc, _ = blocks(c, name="blocks")(x_blc, emb_bc)
+        x_blc, _ = stack(Block, c.num_layers, c.remat)(c, name="blocks")(x_blc, emb_bc)
 
         modulation = dense(2 * c.dim, "modulation", dtype=c.wide, init=nn.initializers.zeros)(nn.silu(emb_bc))
         shift, scale = jnp.split(modulation[:, None], 2, axis=-1)
         x_blc = layer_norm(x_blc) * (1 + scale) + shift
         out = dense(c.patch**2 * x.shape[-1], "patch_out", dtype=c.wide, init=nn.initializers.zeros)(x_blc)
-        return unpatchify(out, c.patch, x.shape)
-
-
-def patchify(x, patch):
-    """[b, h, w, c] -> [b, (h/p)(w/p), p·p·c], rows first. ValueError unless patch divides h and w."""
-    b, h, w, c = x.shape
-    if h % patch or w % patch:
-        raise ValueError(f"patch {patch} does not divide the image {h}×{w}")
-    x = x.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, (h // patch) * (w // patch), patch * patch * c)
-
-
-def unpatchify(x_blc, patch, shape):
-    """The inverse of patchify, to the given [b, h, w, c]."""
-    b, h, w, c = shape
-    x = x_blc.reshape(b, h // patch, w // patch, patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(shape)
+        return unpatchify(out, patch, x.shape)[:, 0]

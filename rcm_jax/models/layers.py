@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels.attention import flash_attention
 
@@ -12,6 +13,37 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "save_attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
 }
+
+
+def check_config(config, sizes) -> None:
+    """ValueError unless the named sizes are positive, heads divide dim, and dtypes and remat are known ones."""
+    for name in sizes:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.dim % config.num_heads:
+        raise ValueError(f"num_heads {config.num_heads} does not divide dim {config.dim}")
+    for name in ("dtype", "time_dtype"):
+        if getattr(config, name, DTYPES[0]) not in DTYPES:
+            raise ValueError(f"{name} {getattr(config, name)!r} is none of {', '.join(DTYPES)}")
+    if config.remat not in REMAT_POLICIES:
+        raise ValueError(f"remat {config.remat!r} is none of {', '.join(REMAT_POLICIES)}")
+
+
+def stack(block, length: int, remat: str):
+    """The module class of `length` blocks (x, *shared) -> (x, None) in one scan; parameters get a leading layer axis.
+
+    Each block is computed again in the backward pass as the policy says; what is shared is given to every block.
+    """
+    if remat != "none":
+        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return nn.scan(
+        block,
+        length=length,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
 
 
 def dense(features, name, *, dtype, axes=("embed", "features"), init=None, use_bias=True):
@@ -43,6 +75,18 @@ def layer_norm(x, epsilon=1e-6):
     x = at_least_float32(x)
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+
+
+class LayerNorm(nn.Module):
+    """layer_norm(x)·scale + bias; returns the dtype of x."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("vector",)), (x.shape[-1],))
+        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("vector",)), (x.shape[-1],))
+        return (layer_norm(x, self.epsilon) * scale + bias).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -85,3 +129,52 @@ class Mlp(nn.Module):
     def __call__(self, x):
         h = nn.gelu(dense(self.hidden, "up", dtype=self.dtype)(x))
         return dense(x.shape[-1], "down", dtype=self.dtype, axes=("features", "embed"))(h)
+
+
+def patchify(x, patch):
+    """[b, t, h, w, c] -> [b, (t/pt)(h/ph)(w/pw), pt·ph·pw·c], in that order; ValueError unless patch divides."""
+    b, t, h, w, c = x.shape
+    pt, ph, pw = patch
+    if t % pt or h % ph or w % pw:
+        raise ValueError(f"patch {pt}×{ph}×{pw} does not divide the {t}×{h}×{w} frames, rows and columns")
+    x = x.reshape(b, t // pt, pt, h // ph, ph, w // pw, pw, c).transpose(0, 1, 3, 5, 2, 4, 6, 7)
+    return x.reshape(b, (t // pt) * (h // ph) * (w // pw), pt * ph * pw * c)
+
+
+def unpatchify(x_blc, patch, shape):
+    """The inverse of patchify, to the given [b, t, h, w, c]."""
+    b, t, h, w, c = shape
+    pt, ph, pw = patch
+    x = x_blc.reshape(b, t // pt, h // ph, w // pw, pt, ph, pw, c).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(shape)
+
+
+def rope_angles(grid, head_dim: int, theta: float = 10_000.0) -> list[np.ndarray]:
+    """Rotary angles of tokens on a (t, h, w) grid, one float64 table [t or h or w, pairs] for each axis.
+
+    Of head_dim/2 pairs of features, height and width have head_dim // 6 each, time the rest; position p turns pair i
+    of an axis with d features by p·theta^(−2i/d).
+    """
+    spatial = head_dim // 6 * 2
+    widths = (head_dim - 2 * spatial, spatial, spatial)
+    return [np.outer(np.arange(n), theta ** -(np.arange(0, d, 2) / d)) for n, d in zip(grid, widths, strict=True)]
+
+
+def rope_tables(grid, head_dim: int, dtype):
+    """(cos, sin) [t·h·w, head_dim/2] of rope_angles, spread from small tables: no large constant is compiled in."""
+
+    def spread(f):
+        time, rows, columns = (jnp.asarray(f(angles), dtype) for angles in rope_angles(grid, head_dim))
+        tables = time[:, None, None], rows[None, :, None], columns[None, None]
+        whole = [jnp.broadcast_to(table, (*grid, table.shape[-1])) for table in tables]
+        return jnp.concatenate(whole, axis=-1).reshape(-1, head_dim // 2)
+
+    return spread(np.cos), spread(np.sin)
+
+
+def rotate_pairs(x_blnd, cos, sin):
+    """Rotary embedding of neighbouring features (0, 1), (2, 3), … by tables [l, d/2]; returns the dtype of x."""
+    even, odd = x_blnd[..., 0::2], x_blnd[..., 1::2]
+    cos, sin = cos[:, None], sin[:, None]  # the same for every head
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x_blnd.shape).astype(x_blnd.dtype)

@@ -1,0 +1,226 @@
+"""The Wan2.1 video diffusion transformer (arXiv 2503.20314): text to video, and image to video (also Wan2.2 A14B).
+
+Every parameter has its logical axes; the blocks are one scan. Time embedding, modulation, norms and output are computed
+in float32, whatever narrower dtype computes the blocks: the tangent of a large network needs it (rCM, section 4).
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.attention import flash_attention
+from rcm_jax.models.layers import (
+    LayerNorm,
+    Mlp,
+    RMSNorm,
+    check_config,
+    dense,
+    layer_norm,
+    patchify,
+    rope_tables,
+    rotate_pairs,
+    sinusoids,
+    stack,
+    unpatchify,
+)
+
+CLIP_EPS = 1e-5  # of the two norms around the image features, which the reference leaves at its framework's default
+
+
+@dataclasses.dataclass(frozen=True)
+class WanConfig:
+    """Sizes of a Wan network, under the reference's names; defaults are what all published ones share."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    model_type: str = "t2v"  # "i2v" is given an image as further channels y
+    in_dim: int = 16  # channels of x, and of y if there is one
+    out_dim: int = 16
+    text_dim: int = 4096
+    text_len: int = 512  # most text tokens
+    freq_dim: int = 256  # cosines and sines of the time
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    clip_dim: int = 0  # width of CLIP features of the image; 0: none are used (text to video, Wan2.2)
+    t5_tokens: int | None = None  # where the reference splits text from image tokens: text_len, if given
+    dtype: str = "float32"  # of the blocks; parameters stay in the dtype they have
+    time_dtype: str = "float32"  # of the time embedding's layers; its sines and cosines are float32 at least
+    remat: str = "none"
+
+    @property
+    def wide(self):
+        """The dtype of modulation and output: float32, whatever narrower dtype computes the blocks."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+    def __post_init__(self):
+        if isinstance(self.patch_size, list):  # as JSON has it
+            object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        sizes = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "text_len", "freq_dim")
+        check_config(self, sizes)
+        if self.dim // self.num_heads % 2 or self.freq_dim % 2:
+            raise ValueError(f"dim/num_heads {self.dim // self.num_heads} and freq_dim {self.freq_dim} must be even")
+        patch = self.patch_size if isinstance(self.patch_size, tuple) else ()
+        if len(patch) != 3 or not all(isinstance(p, int) and p > 0 for p in patch):
+            raise ValueError(f"patch_size {self.patch_size} must be three positive sizes: frames, rows, columns")
+        if self.eps <= 0:
+            raise ValueError(f"eps {self.eps} must be above 0")
+        if self.model_type not in ("t2v", "i2v"):
+            raise ValueError(f"model_type {self.model_type!r} is none of t2v, i2v")
+        if (self.in_dim == self.out_dim) != (self.model_type == "t2v") or self.in_dim < self.out_dim:
+            raise ValueError(
+                f"in_dim {self.in_dim} and out_dim {self.out_dim} do not fit model_type {self.model_type!r}: they are "
+                "equal for t2v; for i2v in_dim has the channels of y as well"
+            )
+        if self.clip_dim < 0 or (self.clip_dim and self.model_type == "t2v"):
+            raise ValueError(f"clip_dim {self.clip_dim} does not fit model_type {self.model_type!r}")
+        if self.t5_tokens not in (None, self.text_len):
+            raise ValueError(f"t5_tokens {self.t5_tokens} must be text_len {self.text_len}, or not given")
+
+
+PUBLISHED = {
+    "wan-1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+    "wan-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "wan-i2v-14b": WanConfig(
+        dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, model_type="i2v", in_dim=36, clip_dim=1280
+    ),
+    "wan2.2-i2v-a14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, model_type="i2v", in_dim=36),
+}
+
+
+def _project(config, x, name, norm=None):
+    """[b, l, ...] -> [b, l, n, d]: a dense layer to all heads, and RMS-norm across all of them together."""
+    y = dense(config.dim, name, dtype=config.dtype)(x)
+    if norm:
+        y = RMSNorm(config.eps, name=norm)(y)
+    return y.reshape(*x.shape[:2], config.num_heads, -1)
+
+
+def _table(dim):
+    """Initial values of a modulation table [rows, dim]."""
+    return nn.with_logical_partitioning(nn.initializers.normal(dim**-0.5), ("vector", "embed"))
+
+
+class SelfAttention(nn.Module):
+    """Attention of all tokens to all, queries and keys turned by their place: [b, l, c] -> [b, l, c]."""
+
+    config: WanConfig
+
+    @nn.compact
+    def __call__(self, x_blc, cos, sin):
+        c = self.config
+        q = rotate_pairs(_project(c, x_blc, "q", "q_norm"), cos, sin)
+        k = rotate_pairs(_project(c, x_blc, "k", "k_norm"), cos, sin)
+        o = flash_attention(q, k, _project(c, x_blc, "v"))
+        return dense(c.dim, "out", dtype=c.dtype, axes=("features", "embed"))(o.reshape(x_blc.shape))
+
+
+class CrossAttention(nn.Module):
+    """Attention to text [b, m, c], plus attention of the same queries to image tokens, if there are: [b, l, c]."""
+
+    config: WanConfig
+
+    @nn.compact
+    def __call__(self, x_blc, text, image):
+        c = self.config
+        q = _project(c, x_blc, "q", "q_norm")
+        o = flash_attention(q, _project(c, text, "k", "k_norm"), _project(c, text, "v"))
+        if image is not None:
+            keys, values = _project(c, image, "k_image", "k_image_norm"), _project(c, image, "v_image")
+            o = o + flash_attention(q, keys, values)
+        return dense(c.dim, "out", dtype=c.dtype, axes=("features", "embed"))(o.reshape(x_blc.shape))
+
+
+class Block(nn.Module):
+    """Modulated self-attention, cross-attention and modulated MLP, all residual. A scan body: (x, ...) -> (x, None)."""
+
+    config: WanConfig
+
+    @nn.compact
+    def __call__(self, x_blc, emb_b6c, text, image, cos, sin):
+        c = self.config
+        modulation = emb_b6c + self.param("modulation", _table(c.dim), (6, c.dim))
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=1)
+        h = (layer_norm(x_blc, c.eps) * (1 + scale1) + shift1).astype(c.dtype)
+        h = SelfAttention(c, name="self_attention")(h, cos, sin)
+        x_blc = (x_blc + gate1 * h).astype(c.dtype)
+        h = LayerNorm(c.eps, name="cross_norm")(x_blc)
+        x_blc = x_blc + CrossAttention(c, name="cross_attention")(h, text, image)
+        h = (layer_norm(x_blc, c.eps) * (1 + scale2) + shift2).astype(c.dtype)
+        h = Mlp(c.ffn_dim, c.dtype, name="mlp")(h)
+        return (x_blc + gate2 * h).astype(c.dtype), None
+
+
+class Wan(nn.Module):
+    """v = eps − x0 of latents x [b, t, h, w, c] at times t [b] in 0..1000: [b, t, h, w, out_dim], float32.
+
+    text [b, m, text_dim], m at most text_len, padded as in training (Wan: zeros up to text_len). For i2v also
+    y [b, t, h, w, in_dim − c] (mask and image latents) and, where clip_dim is not 0, clip_features [b, k, clip_dim].
+    ValueError for inputs that do not fit the config.
+    """
+
+    config: WanConfig
+
+    @nn.compact
+    def __call__(self, x, t, text, y=None, clip_features=None):
+        c = self.config
+        _check_inputs(c, x, t, text, y, clip_features)
+        grid = tuple(n // p for n, p in zip(x.shape[1:4], c.patch_size, strict=True))
+        out_shape = (*x.shape[:-1], c.out_dim)
+        if y is not None:
+            x = jnp.concatenate([x, y.astype(x.dtype)], axis=-1)
+        x_blc = dense(c.dim, "patch_in", dtype=c.dtype, axes=("features", "embed"))(patchify(x, c.patch_size))
+
+        frequencies = 10_000.0 ** -(np.arange(c.freq_dim // 2) / (c.freq_dim // 2))
+        emb_bc = dense(c.dim, "time_in", dtype=c.time_dtype)(sinusoids(t, frequencies))
+        emb_bc = dense(c.dim, "time_out", dtype=c.time_dtype)(nn.silu(emb_bc))
+        emb_b6c = dense(6 * c.dim, "time_projection", dtype=c.time_dtype)(nn.silu(emb_bc))
+        emb_b6c = emb_b6c.reshape(-1, 6, c.dim).astype(c.wide)
+
+        text = nn.gelu(dense(c.dim, "text_in", dtype=c.dtype)(text))
+        text = dense(c.dim, "text_out", dtype=c.dtype)(text)
+        image = None
+        if c.clip_dim:
+            image = LayerNorm(CLIP_EPS, name="image_norm_in")(clip_features.astype(c.dtype))
+            image = nn.gelu(dense(c.clip_dim, "image_in", dtype=c.dtype)(image), approximate=False)
+            image = LayerNorm(CLIP_EPS, name="image_norm_out")(dense(c.dim, "image_out", dtype=c.dtype)(image))
+
+        cos, sin = rope_tables(grid, c.dim // c.num_heads, c.wide)
+        x_blc, _ = stack(Block, c.num_layers, c.remat)(c, name="blocks")(x_blc, emb_b6c, text, image, cos, sin)
+
+        modulation = emb_bc[:, None].astype(c.wide) + self.param("modulation_out", _table(c.dim), (2, c.dim))
+        shift, scale = jnp.split(modulation, 2, axis=1)
+        x_blc = layer_norm(x_blc, c.eps) * (1 + scale) + shift
+        out = dense(np.prod(c.patch_size).item() * c.out_dim, "patch_out", dtype=c.wide)(x_blc)
+        return unpatchify(out, c.patch_size, out_shape)
+
+
+def _check_inputs(c: WanConfig, x, t, text, y, clip_features):
+    """ValueError where the inputs of Wan are not what its docstring asks for."""
+    if x.ndim != 5 or t.shape != x.shape[:1]:
+        raise ValueError(f"x must be [b, t, h, w, c] and its times t [b], got {x.shape} and {t.shape}")
+    if (y is None) != (c.model_type == "t2v") or (clip_features is None) != (c.clip_dim == 0):
+        wanted = "x and text" if c.model_type == "t2v" else "x, text and y" + ", and clip_features" * bool(c.clip_dim)
+        raise ValueError(f"this network (model_type {c.model_type!r}, clip_dim {c.clip_dim}) takes {wanted}")
+    channels = [x.shape[-1]] + ([] if y is None else [y.shape[-1]])
+    if sum(channels) != c.in_dim or (y is not None and y.shape[:-1] != x.shape[:-1]):
+        shapes = f"x {x.shape}" + ("" if y is None else f", y {y.shape}")
+        raise ValueError(f"channels must sum to in_dim {c.in_dim} on the same [b, t, h, w], got {shapes}")
+    if text.ndim != 3 or text.shape[1] > c.text_len or text.shape[2] != c.text_dim:
+        raise ValueError(f"text must be [b, at most {c.text_len}, {c.text_dim}], got {text.shape}")
+    if clip_features is not None and (clip_features.ndim != 3 or clip_features.shape[2] != c.clip_dim):
+        raise ValueError(f"clip_features must be [b, tokens, {c.clip_dim}], got {clip_features.shape}")
+
+
+def init(config: WanConfig, key):
+    """Boxed parameters (with logical axes) for that config, whatever sizes of latents it is used on later."""
+    x = jnp.zeros((1, *config.patch_size, config.out_dim))
+    inputs = {"text": jnp.zeros((1, 1, config.text_dim))}
+    if config.model_type == "i2v":
+        inputs["y"] = jnp.zeros((*x.shape[:-1], config.in_dim - config.out_dim))
+    if config.clip_dim:
+        inputs["clip_features"] = jnp.zeros((1, 1, config.clip_dim))
+    return Wan(config).init(key, x, jnp.zeros(1), **inputs)["params"]
