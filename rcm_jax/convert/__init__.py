@@ -1,0 +1,112 @@
+"""Checkpoints of reference implementations to our parameters and back."""
+
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from rcm_jax.config import build
+from rcm_jax.convert import table, wan
+from rcm_jax.models.wan import PUBLISHED as PUBLISHED_WAN
+from rcm_jax.models.wan import WanConfig
+
+
+class Model(NamedTuple):
+    """What conversion needs of a model; all are functions of its config."""
+
+    config: type
+    layouts: Callable[[Any], dict[str, list[table.Rule]]]
+    shapes: Callable[[Any], dict[str, tuple]]  # of our parameters, by path
+    described: Callable[[Any, str], dict]  # (config, layout) -> what config.json says there
+    generator: dict[str, Any]  # what the published networks predict, as an experiment says it
+
+
+MODELS = {
+    "wan": Model(
+        WanConfig,
+        wan.layouts,
+        wan.shapes,
+        wan.described,
+        {"parametrization": "rectified_flow", "time_scale": 1000.0},
+    )
+}
+PUBLISHED = {name: ("wan", config) for name, config in PUBLISHED_WAN.items()}
+DTYPES = ("float32", "bfloat16", "float16")  # that weights are published in
+
+
+def named(name: str) -> tuple[str, Any]:
+    """(key of MODELS, config) of a name in PUBLISHED, or of a JSON file that holds {"kind": …, sizes …}."""
+    if name in PUBLISHED:
+        return PUBLISHED[name]
+    if not name.endswith(".json"):
+        raise ValueError(f"model {name!r} is none of {', '.join(PUBLISHED)}, and no .json file")
+    try:
+        values = json.loads(pathlib.Path(name).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is no JSON: {error}") from None
+    kind = values.pop("kind", None) if isinstance(values, dict) else None
+    if kind not in MODELS:
+        raise ValueError(f"{name}: its kind is {kind!r}; it must be one of {', '.join(MODELS)}")
+    return kind, build(MODELS[kind].config, values, name)
+
+
+def under_prefix(tensors: Mapping, prefix: str) -> dict:
+    """The tensors whose names begin with the prefix, without it; ValueError if there is none."""
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if not found:
+        raise ValueError(f"of {len(tensors)} tensors none begins with {prefix!r}; the first is {next(iter(tensors))}")
+    return found
+
+
+def entries(name: str, config) -> dict[str, dict[str, table.Entry]]:
+    """{layout: {tensor name: entry}} of a model of that config; nothing is allocated."""
+    shapes = MODELS[name].shapes(config)
+    return {layout: table.entries_of_rules(rules, shapes) for layout, rules in MODELS[name].layouts(config).items()}
+
+
+def recognise(name: str, tensors: Mapping, config) -> str:
+    """The layout of tensors, with or without one of table.PREFIXES; ValueError that lists all that does not fit."""
+    return table.recognise(table.without_prefix(tensors), entries(name, config), f"{name} of this config")
+
+
+def from_reference(name: str, tensors: Mapping, config, *, dtype=None, progress=lambda count: None) -> dict:
+    """Our parameters (nested dict of numpy arrays) from tensors of any layout, recognised by names and shapes.
+
+    Args:
+      name: a key of MODELS.
+      tensors: {reference name: array, or anything with shape and dtype that np.asarray reads}, with or without one
+        of table.PREFIXES. They are read one by one: at no time is more than one in memory beside the result.
+      config: of the model, e.g. WanConfig.
+      dtype: of the result; None keeps that of the tensors.
+      progress: called with the bytes of every tensor read.
+
+    Raises:
+      ValueError: that lists every tensor which is missing, unexpected, of another shape or not of a float dtype.
+    """
+    tensors = table.without_prefix(tensors)
+    layouts = entries(name, config)
+    layout = table.recognise(tensors, layouts, f"{name} of this config")
+    arrays = table.read_arrays(tensors, layouts[layout], MODELS[name].shapes(config), dtype, progress)
+    return unflatten_dict(arrays, sep="/")
+
+
+def to_reference(name: str, params, config, layout: str) -> dict[str, np.ndarray]:
+    """{reference name: array} of our parameters in a layout; the arrays are views wherever that is possible.
+
+    Raises ValueError for an unknown layout and for parameters that are not those of the config.
+    """
+    layouts, shapes = entries(name, config), MODELS[name].shapes(config)
+    if layout not in layouts:
+        raise ValueError(f"layout {layout!r} is none of {', '.join(layouts)}")
+    arrays = flatten_dict(params, sep="/")
+    wrong = [
+        f"{path} is {arrays[path].shape if path in arrays else 'missing'}, must be {shapes.get(path, 'absent')}"
+        for path in sorted({*arrays, *shapes})
+        if path not in arrays or path not in shapes or tuple(arrays[path].shape) != tuple(shapes[path])
+    ]
+    if wrong:
+        raise ValueError(f"the parameters are not {name} of this config: " + "; ".join(wrong))
+    return table.write_arrays(arrays, layouts[layout])

@@ -1,0 +1,180 @@
+"""From the names of a reference to ours and back, by tables: every tensor is used exactly once, or it is an error.
+
+A layout is one way in which a model is published: its names, and the shapes under them. Blocks that we keep stacked
+along a leading layer axis are one tensor each there; their names hold "{}" for the number of the layer.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+FLOATS = tuple(np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
+PREFIXES = ("net.", "net_ema.", "net_fake_score.", "model.diffusion_model.")  # of training checkpoints, of ComfyUI
+
+
+class Form(NamedTuple):
+    """How one of our arrays is laid out in a reference: the shape there, and the way to and fro (views if possible)."""
+
+    shape: Callable[[tuple], tuple]
+    to_ours: Callable[[np.ndarray, tuple], np.ndarray]  # (theirs, our shape)
+    to_theirs: Callable[[np.ndarray, tuple], np.ndarray]  # (ours, their shape)
+
+
+SAME = Form(lambda shape: shape, lambda a, shape: a, lambda a, shape: a)
+MATRIX = Form(lambda shape: shape[::-1], lambda a, shape: a.T, lambda a, shape: a.T)  # torch keeps [out, in]
+TABLE = Form(lambda shape: (1, *shape), lambda a, shape: a[0], lambda a, shape: a[None])
+
+# The leaves of a module: ours, suffix there, form.
+MODULES = {
+    "dense": (("/kernel", ".weight", MATRIX), ("/bias", ".bias", SAME)),
+    "norm": (("/scale", ".weight", SAME), ("/bias", ".bias", SAME)),
+    "scale": (("/scale", ".weight", SAME),),
+    "table": (("", "", TABLE),),
+}
+
+
+class Rule(NamedTuple):
+    """One array of ours: its path, its name in the layout (with "{}" if it is stacked) and its form there."""
+
+    ours: str
+    theirs: str
+    form: Form
+
+
+class Entry(NamedTuple):
+    """One tensor of a layout: its rule, its layer (None if it is not stacked) and its shape."""
+
+    rule: Rule
+    layer: int | None
+    shape: tuple[int, ...]
+
+
+def rules_of_modules(rows: Iterable[tuple[str, str, str]], ours: str = "", theirs: str = "") -> list[Rule]:
+    """Rules of rows (our module, its name there, kind in MODULES), below the given prefixes."""
+    return [
+        Rule(ours + module + leaf, theirs + name + suffix, form)
+        for module, name, kind in rows
+        for leaf, suffix, form in MODULES[kind]
+    ]
+
+
+def entries_of_rules(rules: Iterable[Rule], shapes: Mapping[str, tuple]) -> dict[str, Entry]:
+    """{their name: entry} of a layout; shapes are those of our arrays by path. ValueError unless each has one rule."""
+    rules = list(rules)
+    paths = [rule.ours for rule in rules]
+    if sorted(paths) != sorted(shapes):
+        wrong = {*paths} ^ {*shapes} or {path for path in paths if paths.count(path) > 1}
+        raise ValueError(f"the conversion table does not cover the parameters exactly once: {sorted(wrong)}")
+    entries = {}
+    for rule in rules:
+        shape = shapes[rule.ours]
+        if "{}" in rule.theirs:
+            theirs = rule.form.shape(shape[1:])
+            entries |= {rule.theirs.format(i): Entry(rule, i, theirs) for i in range(shape[0])}
+        else:
+            entries[rule.theirs] = Entry(rule, None, rule.form.shape(shape))
+    return entries
+
+
+def without_prefix(tensors: Mapping) -> Mapping:
+    """The tensors under names without the one of PREFIXES that all of them share, if they do.
+
+    Raises ValueError if a file holds several networks, told apart by such prefixes.
+    """
+    found = [prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in tensors)]
+    if not found:
+        return tensors
+    bare = [name for name in tensors if not name.startswith(tuple(found))]
+    if len(found) > 1 or bare:
+        some = found + ([f"none ({bare[0]}, …)"] if bare else [])
+        raise ValueError(f"the tensors have several prefixes, {', '.join(some)}: choose one network by its prefix")
+    return {name.removeprefix(found[0]): tensor for name, tensor in tensors.items()}
+
+
+def recognise(tensors: Mapping, layouts: Mapping[str, Mapping[str, Entry]], what: str) -> str:
+    """The layout that the tensors are in; ValueError with all that is wrong with the one they come nearest to."""
+    problems = {name: _problems(tensors, entries) for name, entries in layouts.items()}
+    nearest = min(problems, key=lambda name: len(problems[name]))
+    if not problems[nearest]:
+        return nearest
+    lines = _grouped(problems[nearest])
+    raise ValueError(
+        f"the {len(tensors)} tensors are no {what}; nearest is the layout {nearest!r}, "
+        f"with {len(problems[nearest])} problems:\n" + "\n".join(f"- {line}" for line in lines)
+    )
+
+
+def _problems(tensors, entries) -> list[tuple[str, str]]:
+    """(tensor, what is wrong with it) of everything that keeps the tensors from being this layout."""
+    wrong = [(name, f"missing, of shape {_list(entries[name].shape)}") for name in entries if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in entries:
+            wrong.append((name, f"unexpected, of shape {_list(tensor.shape)}"))
+        elif tuple(tensor.shape) != entries[name].shape:
+            wrong.append((name, f"shape {_list(tensor.shape)}, must be {_list(entries[name].shape)}"))
+        elif np.dtype(tensor.dtype) not in FLOATS:
+            wrong.append((name, f"dtype {tensor.dtype}, must be one of {', '.join(map(str, FLOATS))}"))
+    return wrong
+
+
+def _list(shape) -> list[int]:
+    return [int(n) for n in shape]
+
+
+def _grouped(problems) -> list[str]:
+    """One line for what several layers have in common: blocks.{0-3,7}.norm3.bias: missing."""
+    groups = {}
+    for name, problem in problems:
+        block = re.match(r"(.*\bblocks\.)(\d+)(\..*)", name)
+        key = (block[1], block[3], problem) if block else (name, "", problem)
+        groups.setdefault(key, []).append(int(block[2]) if block else None)
+    return [
+        f"{before}{_ranges(layers) if after else ''}{after}: {problem}"
+        for (before, after, problem), layers in groups.items()
+    ]
+
+
+def _ranges(numbers) -> str:
+    """Numbers as one sees them in a shell: 3, or {0-3,7}."""
+    numbers = sorted(numbers)
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    parts = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
+    return parts[0] if len(numbers) == 1 else "{" + ",".join(parts) + "}"
+
+
+def read_arrays(tensors: Mapping, entries: Mapping[str, Entry], shapes, dtype=None, progress=lambda count: None):
+    """{our path: array} from tensors that are this layout, read one by one into place.
+
+    dtype is that of the result (None: each as it comes; layers of one array are promoted to what holds them all).
+    progress is called with the bytes of every tensor read.
+    """
+    arrays = {}
+    for name, (rule, layer, _) in entries.items():
+        theirs = np.asarray(tensors[name])
+        shape = shapes[rule.ours]
+        if rule.ours not in arrays:
+            arrays[rule.ours] = np.empty(shape, dtype or _common_dtype(tensors, entries, rule))
+        place = arrays[rule.ours] if layer is None else arrays[rule.ours][layer]
+        place[...] = rule.form.to_ours(theirs, place.shape)
+        progress(theirs.nbytes)
+        del theirs  # before the next is read
+    return arrays
+
+
+def _common_dtype(tensors, entries, rule) -> np.dtype:
+    dtypes = {np.dtype(tensors[name].dtype) for name, entry in entries.items() if entry.rule is rule}
+    return dtypes.pop() if len(dtypes) == 1 else np.dtype(jnp.result_type(*dtypes))
+
+
+def write_arrays(arrays: Mapping, entries: Mapping[str, Entry]) -> dict[str, np.ndarray]:
+    """{their name: tensor} from {our path: array}; views of the arrays wherever the form allows it."""
+    tensors = {}
+    for name, (rule, layer, shape) in entries.items():
+        ours = np.asarray(arrays[rule.ours])
+        tensors[name] = rule.form.to_theirs(ours if layer is None else ours[layer], shape)
+    return tensors

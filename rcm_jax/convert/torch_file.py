@@ -1,0 +1,249 @@
+"""Reads the zip files of torch.save without torch, and without executing anything that is in them.
+
+Format: <root>/data.pkl is a pickle in which tensors refer to storages, <root>/data/<key> is the raw memory of one
+storage, stored uncompressed; <root>/byteorder. A pickle is a program: this one may name nothing but what ALLOWED has.
+A hostile file can take long or end the process (keys nested millions deep), it cannot run anything.
+"""
+
+import collections
+import functools
+import io
+import math
+import os
+import pathlib
+import pickle
+import pickletools
+import sys
+import typing
+import zipfile
+
+import ml_dtypes
+import numpy as np
+
+from rcm_jax.convert.files import LazyTensor
+
+STORAGES = {
+    "FloatStorage": np.dtype("float32"),
+    "HalfStorage": np.dtype("float16"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "DoubleStorage": np.dtype("float64"),
+    "LongStorage": np.dtype("int64"),
+    "IntStorage": np.dtype("int32"),
+    "ShortStorage": np.dtype("int16"),
+    "CharStorage": np.dtype("int8"),
+    "ByteStorage": np.dtype("uint8"),
+    "BoolStorage": np.dtype("bool"),
+}
+WAY_OUT = "load it with torch where you trust it and save only its state dict, or use the safetensors release"
+
+
+class _Storage(typing.NamedTuple):
+    """An entry of the zip as `numel` elements of a dtype."""
+
+    entry: zipfile.ZipInfo
+    dtype: np.dtype
+    numel: int
+
+
+class _Inert:
+    """Base of the classes that a file can name. A pickle's BUILD finds __setstate__ on the class and on its instances,
+    so it can change neither; there is no __dict__."""
+
+    __slots__ = ()
+
+    @staticmethod
+    def __setstate__(*state):
+        pass
+
+
+class _Dict(_Inert, dict):
+    """An OrderedDict without attributes: the _metadata of state dicts is dropped."""
+
+    __slots__ = ()
+
+
+class _View(_Inert, collections.namedtuple("_View", "storage offset size stride grad hooks metadata", defaults=[None])):
+    """The arguments of torch's rebuild function, unchecked."""
+
+    __slots__ = ()
+
+
+class _Parameter(_Inert):
+    """Its tensor."""
+
+    __slots__ = ()
+
+    def __new__(cls, data, requires_grad=None, hooks=None):
+        return data
+
+
+class _Ignored(_Inert):
+    """Something that is no tensor and that real checkpoints have beside them; its arguments are dropped."""
+
+    __slots__ = ()
+
+    def __new__(cls, *args):
+        return super().__new__(cls)
+
+
+ALLOWED = {
+    ("torch._utils", "_rebuild_tensor_v2"): _View,
+    ("torch._utils", "_rebuild_parameter"): _Parameter,
+    ("collections", "OrderedDict"): _Dict,
+    ("torch", "Size"): _Ignored,
+    # The `_extra_state` that Transformer Engine puts into state dicts: a BytesIO, its bytes encoded as text.
+    ("_io", "BytesIO"): _Ignored,
+    ("_codecs", "encode"): _Ignored,
+    ("__builtin__", "bytes"): _Ignored,
+} | {("torch", name): name for name in STORAGES}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes dicts, lists, tuples, numbers, strings and the classes above; every other name is an error."""
+
+    def __init__(self, data: bytes, find_entry):
+        super().__init__(io.BytesIO(data))
+        self._find_entry = find_entry
+
+    def find_class(self, module, name):
+        if (module, name) not in ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {f'{module}.{name}'!r:.200}, which no plain state dict needs")
+        return ALLOWED[module, name]
+
+    def persistent_load(self, reference):
+        tag, kind, key, _, numel = reference
+        known = type(kind) is str and kind in STORAGES
+        if tag != "storage" or not known or type(key) is not str or type(numel) is not int or numel < 0:
+            raise pickle.UnpicklingError("a reference is not (storage, type, key, location, number of elements)")
+        storage = _Storage(self._find_entry(f"data/{key}"), STORAGES[kind], numel)
+        needed, held = numel * storage.dtype.itemsize, storage.entry.file_size
+        if held < needed:
+            raise pickle.UnpicklingError(f"storage {key:.50} has {held} bytes, {numel} × {storage.dtype} need {needed}")
+        return storage
+
+
+def open_torch_file(path: str | os.PathLike) -> dict[str, LazyTensor]:
+    """{name: tensor} of a .pth/.pt file; names of nested dicts are joined by dots, what is no tensor is left out.
+
+    Reads the pickle and the zip's directory; a tensor's bytes are read when it is. Raises ValueError for other formats,
+    for damaged files, and for anything in the pickle that is neither data nor a tensor (nothing of it is executed).
+    """
+    path = pathlib.Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            root = _root(archive)
+            find_entry = functools.partial(_entry, archive, path.stat().st_size, root)
+            if f"{root}/byteorder" in archive.namelist() and archive.read(find_entry("byteorder")) != b"little":
+                raise ValueError("it was written on a big-endian machine")
+            data = archive.read(find_entry("data.pkl"))
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
+        raise ValueError(f"{path} ({path.stat().st_size} bytes) cannot be read: {_why(path, error)}") from None
+    try:
+        _check_opcodes(data)
+        content = _Unpickler(data, find_entry).load()
+    except Exception as error:  # a hostile pickle can raise anything
+        raise ValueError(
+            f"{path} is no plain state dict: {type(error).__name__}: {error}. Nothing in it was executed; {WAY_OUT}"
+        ) from None
+    return {name: _lazy(path, name, view) for name, view in _flatten(path, content).items()}
+
+
+def _root(archive):
+    roots = [name.split("/")[0] for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(roots) != 1:
+        raise ValueError(f"a file of torch.save has one data.pkl in a folder, this zip has {len(roots)}")
+    return roots[0]
+
+
+def _entry(archive, file_size, root, name):
+    """The zip entry <root>/<name>. Names are looked up in the zip's directory and nowhere else."""
+    try:
+        entry = archive.getinfo(f"{root}/{name}")
+    except KeyError:
+        raise ValueError(f"the entry {root}/{name:.100} is missing") from None
+    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.file_size != entry.compress_size:
+        raise ValueError(f"the entry {entry.filename} is compressed or encrypted, which torch.save never does")
+    if not 0 <= entry.header_offset <= file_size - entry.file_size:
+        raise ValueError(f"the entry {entry.filename} lies outside the file's {file_size} bytes")
+    return entry
+
+
+def _why(path, error):
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    if not isinstance(error, zipfile.BadZipFile):
+        return f"{error}; {WAY_OUT}"
+    if is_zip:
+        return f"the zip is truncated or damaged ({error}); download or copy it again"
+    return f"it is no zip (an old torch format, or no torch file); load and save it with a current torch, or {WAY_OUT}"
+
+
+def _check_opcodes(data):
+    """Refuses what the unpickler does without asking: codes of the copyreg registry, and a memo of any length."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("EXT1", "EXT2", "EXT4"):
+            raise pickle.UnpicklingError(f"it uses the extension code {argument}")
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
+            raise pickle.UnpicklingError(f"it has {len(data)} bytes and wants to memorise item {argument}")
+
+
+def _flatten(path, content):
+    """{dotted name: view} in order, without recursion: depth and sharing are the file's choice."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no dict of tensors; {WAY_OUT}")
+    views, seen, stack = {}, set(), [("", content)]
+    while stack:
+        prefix, item = stack.pop()
+        if isinstance(item, _View):
+            name = prefix[1:]
+            if name in views:
+                raise ValueError(f"{path} holds two tensors named {name!r:.200}; {WAY_OUT}")
+            views[name] = item
+        elif id(item) in seen:
+            raise ValueError(f"{path} holds {prefix[1:]!r:.200} a second time; {WAY_OUT}")
+        else:
+            seen.add(id(item))
+            below = [(key, value) for key, value in item.items() if isinstance(value, dict | _View)]
+            if not all(isinstance(key, str | int) for key, _ in below):
+                raise ValueError(
+                    f"{path}: {prefix[1:]!r:.200} has keys that are neither strings nor integers; {WAY_OUT}"
+                )
+            stack += reversed([(f"{prefix}.{key}", value) for key, value in below])
+    if not views:
+        raise ValueError(f"{path} holds not a single tensor in its dicts; {WAY_OUT}")
+    return views
+
+
+def _lazy(path, name, view):
+    """The view as a tensor, after checking that it lies inside its storage."""
+    storage, offset, size, stride = view[:4]
+    shaped = isinstance(storage, _Storage) and type(size) is tuple and type(stride) is tuple
+    if not shaped or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
+        raise ValueError(f"{path}: {name!r:.200} is no storage with an offset, a shape and strides from 0 up")
+    extent = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=False))
+    numpy_can = len(size) == len(stride) <= 64 and math.prod(max(n, 1) for n in size) * 8 <= sys.maxsize
+    if not numpy_can or offset + extent > storage.numel:
+        raise ValueError(
+            f"{path}: {name!r:.200} with shape {size}, strides {stride} and offset {offset} does not lie inside its "
+            f"storage of {storage.numel} elements"
+        )
+    return LazyTensor(size, storage.dtype, functools.partial(_read, path, view, extent))
+
+
+def _read(path, view, extent):
+    """Reads no byte outside the view's extent. The zip's directory does not tell where an entry's data starts:
+    that is behind a local header (30 bytes, then a name and padding) of its own length."""
+    entry, dtype, _ = view.storage
+    with path.open("rb") as file:
+        file.seek(entry.header_offset)
+        header = file.read(30)
+        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+            raise ValueError(f"{path} is damaged: no entry {entry.filename} at byte {entry.header_offset}")
+        skip = sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+        file.seek(skip + view.offset * dtype.itemsize, os.SEEK_CUR)
+        data = np.fromfile(file, np.uint8, extent * dtype.itemsize)
+    if data.size != extent * dtype.itemsize:
+        raise ValueError(f"{path} is truncated: {entry.filename} has {data.size} of {extent * dtype.itemsize} bytes")
+    # The stride of an axis of one element is arbitrary, and so are all strides of an empty tensor.
+    strides = [step * dtype.itemsize if n > 1 and extent else 0 for n, step in zip(view.size, view.stride, strict=True)]
+    return np.lib.stride_tricks.as_strided(data.view(dtype), view.size, strides)

@@ -1,0 +1,414 @@
+"""Files of torch.save without torch: what they hold, and that nothing in them is executed.
+
+The pickles are made here from opcodes; one file was made by torch 2.13.
+"""
+
+import base64
+import copyreg
+import io
+import os
+import pickle
+import subprocess
+import tarfile
+import zipfile
+import zlib
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from rcm_jax.convert import torch_file
+from rcm_jax.convert.files import open_tensors
+from rcm_jax.convert.torch_file import STORAGES, open_torch_file
+from tests.torch_pickle import ORDERED, REBUILD, Call, Name, Reference, opcodes, pickled, save, storage, tensor
+
+BY_TORCH = (
+    "c-o~_%WoS+7#~04IHpaU637D@0u*o{b^KhrZ4%o{Sz5NV$)*nzDAvZ_*cKbFKkv9DNRc9i1S<6a2&pGfk4PLja3uc#2at+5fP};$<-`q"
+    "%8#A+xyR&(iCL^!ckNG{m-T8jAv$DsFkl&AXjUYOKip4_N&`Xmg6|3R;2f8Hoq6KcOxmN*&@?8Y5Y?L$|T*acH>sk?4jhY#_(kN*St#r"
+    "Ox!~t-RE8q#`ePr%!ty->N@D{PrC|1ISCa&scpwQ43n^nD3z*@~T8iiZ20Ca^y`EG(R$xOAZfzN^jB;8Q)y!B%My7MkFCj$Pwhn$P`Ci"
+    "KWY41qZr$!^)R2~Wr#*|iDB?o_CY;~07s=*yGR(PC9KAy^?g6<@{Ti9&y+M|NX4!SEaKr0m*&0So&ShNl%6WM$xHqo$Q$$U?WAiOgD5X"
+    "qy{mq%jyFq{lEkLrJ~V)U&cn_HM#Si+B{na|(<xQ+2h0;rW)S;Ythn!W_Z5W%nk$NIz`CDGT`$hL;t1g&}d37z$Oa+A6BP1mm2$3*@J^"
+    "vsan3IJ{<+JJBllG%Yu5aZh51C=g|LxM(zM7-AgXC8Jhu^Tioo0uqGJg&|4!#>Xul0YgfGG~-#))v^g^_^W0ZdYk7g<4M9f!sEd(MSXc"
+    "TV4C`xvG_6=vI^uFpSE1bD<E?BP=MD77-2Y1!H8b&H>@=vSp;ulxS+tr<|@3E?;(J~vW8W<&_QPZU&_-ifVWrSGFyPRw1!F6G+dEgrfD"
+    "uR47p7zfoTnx-Df4YX9Qr5^Opj}x=8cXpNks1YMriG{;p%Vp+Npq_T`;VU_pU**-bUER)_cGE>?QYz?um+Z^HW_M*ATYE^E#3tlaJY_u"
+    "<|3d!!xcF}rV@5291;HV-cujb#-VTBS<jn4{Zwk0@38{_o$`sW?6MR~kX7M@p@BE~t97TwB&^SQ6tM#r7CNf*Q!&hQHiI!hN8Dew1k&S"
+    "X{xHLBmNB&mBg0XXsUob&Y!1nErE^W`gfP54~uHOV!DUB%VEj0gH7lL*BCFMUFLc+|N=+gP(1GK1BW)>fmUCcNCSx5c>c6Yd;W@4Ar~1"
+    "QY=sbe+RuOUN0tzX>|DdN$uHeb}f59yOsSTi*mu-ST2&Ie&l;YHx5yM{ITkvL0eQyc<|s$+MM1FT3KEzA&FB*S$+%MEoSPW{>!#;i0hv"
+    "`%Jp|47nS~Q{o^}y=k>Iu(Vo&dURsdE=_8fDa8R8CyjV&SgJ}2q39?@K{qDla&iAj+mLTnrJW_td162K|uglju=hrBTJql1(lBqSSBtb"
+    "t?>C;xBT9U-@W15MiV?tU;q*C#u5J@CcsZ=BqO{QXz<e5YwnvTQ-AudFOG<EsaKR<pGB0fUQrHh(v`?PO1!ClUs&yh~FeFGWfklP-#-}"
+    "dArv2Ow+9Lby)9kBB_dF(;n&++_h<7saoPPjdFdpY>^F6795C)S>zJocdz8+BssX~$#fqbi@cPOLq>9J)?y+=;cP4v)Rs?Z76SSbJ>n*"
+    "k7I4<PLW4V6l&RzXK~cb?x2GW4D~xloM<3)jke8(1V=m-~`)SXp{qgVFT~o+_SRJH?b21p3}RE-#MEe>zoekYz;oPOMH9W`ffd?b@?nz"
+    "FPm@8{SUX5C42"
+)
+
+
+def arrays(path) -> dict[str, np.ndarray]:
+    return {name: np.asarray(tensor) for name, tensor in open_torch_file(path).items()}
+
+
+GOOD = tensor("0", (2, 3), (3, 1), 6)
+
+
+@pytest.mark.smoke
+def test_a_file_that_torch_made(tmp_path):
+    path = tmp_path / "m.pt"
+    path.write_bytes(zlib.decompress(base64.b85decode(BY_TORCH)))
+    opened = open_tensors(path)
+    weight = np.arange(6, dtype=np.float32).reshape(2, 3)
+    base = np.arange(12).astype(ml_dtypes.bfloat16).reshape(3, 4)
+    expected = {
+        "model.weight": weight,
+        "model.bias": np.float32([-1, 0.5]),
+        "model.turned": base.T,
+        "model.part": base[1:, ::2],
+        "model.tied": weight,
+        "model.half": np.float16([1.5, -2]),
+        "model.count": np.array(7),
+        "model.flags": np.array([True, False, True]),
+        "model.empty": np.zeros((0, 3), np.float32),
+        "parameter": np.float32([[2.25]]),
+    }
+    assert list(opened) == list(expected)
+    for name, array in expected.items():
+        assert (opened[name].shape, opened[name].dtype) == (array.shape, array.dtype), name
+        np.testing.assert_array_equal(np.asarray(opened[name]), array, strict=True)
+
+
+def test_files_that_torch_makes_here(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 5))
+    module.tied = module[2]
+    state = module.state_dict()
+    base = torch.randn(5, 7).to(torch.bfloat16)
+    state |= {"turned": base.T, "part": base[1:4, ::2], "wide": torch.randn(1, 3).expand(4, 3), "none": base[:, 7:]}
+    kinds = [str(dtype) for dtype in STORAGES.values()]
+    state |= {kind: torch.randint(0, 2, (3, 2)).to(getattr(torch, kind)) for kind in kinds}
+    state["extra._extra_state"] = io.BytesIO(b"\x00\xff more")
+    state["nothing._extra_state"] = io.BytesIO()
+    content = {"net": state, "raw": dict(module.named_parameters()), "step": 3, "shape": torch.Size([2])}
+    for protocol in (2, 3, 4, 5):
+        torch.save(content, tmp_path / "m.pt", pickle_protocol=protocol)
+        # torch's own reading, as raw bits where numpy lacks the dtype
+        expected = torch.load(tmp_path / "m.pt", weights_only=False)
+        flat = {f"{a}.{b}": t for a in ("net", "raw") for b, t in expected[a].items() if isinstance(t, torch.Tensor)}
+        opened = open_torch_file(tmp_path / "m.pt")
+        assert list(opened) == list(flat)
+        for name, t in flat.items():
+            assert opened[name].shape == tuple(t.shape) and str(opened[name].dtype) == str(t.dtype).split(".")[1]
+            bits = t.view(torch.int16).numpy() if t.dtype == torch.bfloat16 else t.detach().numpy()
+            np.testing.assert_array_equal(np.asarray(opened[name]).view(bits.dtype), bits, strict=True)
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"it is no zip \(an old torch format"):
+        open_torch_file(tmp_path / "old.pt")
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+def test_every_storage_type(tmp_path, kind):
+    array = np.array([0, 1, 1, 0, 1, 0]).astype(STORAGES[kind])
+    path = save(tmp_path / "m.pth", {"x": tensor("0", (3, 2), (2, 1), 6, kind=kind)}, {"0": array})
+    np.testing.assert_array_equal(arrays(path)["x"], array.reshape(3, 2), strict=True)
+
+
+def test_files_of_older_torch_have_no_byteorder(tmp_path):
+    assert list(arrays(save(tmp_path / "m.pt", {"x": GOOD}, byteorder=None))) == ["x"]
+
+
+def test_names_nest_and_what_is_no_tensor_is_left_out(tmp_path):
+    inner = Call(Name("collections", "OrderedDict"), (), {"_metadata": {"version": 1}, "items": [1]})
+    filled = opcodes(inner) + b"(" + opcodes("c.d") + opcodes(GOOD) + b"u"
+    content = {"a": filled, 7: {"x": GOOD}, "step": 3, "list": [GOOD], "none": None, "args": {None: 1}}
+    assert list(arrays(save(tmp_path / "m.pt", content))) == ["a.c.d", "7.x"]
+
+
+def test_parameters_and_what_transformer_engine_leaves_in_state_dicts(tmp_path):
+    encoded = Call(Name("_codecs", "encode"), ("\xff", "latin1"))
+    extra = opcodes(Name("_io", "BytesIO")) + b")\x81" + opcodes((encoded, 0, None)) + b"b"  # NEWOBJ, BUILD
+    parameter = Call(Name("torch._utils", "_rebuild_parameter"), (GOOD, True, ORDERED))
+    content = {"x": parameter, "x._extra_state": extra, "y._extra_state": Call(Name("__builtin__", "bytes"), ())}
+    assert list(arrays(save(tmp_path / "m.pt", content))) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "offset", "expected"),
+    [
+        ((3, 2), (1, 3), 0, [[0, 3], [1, 4], [2, 5]]),
+        ((2, 2), (3, 2), 1, [[1, 3], [4, 6]]),
+        ((2, 2), (2, 1), 2, [[2, 3], [4, 5]]),
+        ((), (), 5, 5),
+        ((0, 3), (3, 1), 6, np.zeros((0, 3))),
+        ((1, 2), (1 << 62, 1), 4, [[4, 5]]),
+        ((2, 3), (0, 1), 3, [[3, 4, 5], [3, 4, 5]]),
+    ],
+)
+def test_views_of_a_storage(tmp_path, size, stride, offset, expected):
+    numel = 7 if size == (2, 2) and stride == (3, 2) else 6
+    path = save(tmp_path / "m.pt", {"x": tensor("0", size, stride, numel, offset)}, {"0": np.arange(numel, dtype="f4")})
+    np.testing.assert_array_equal(arrays(path)["x"], np.array(expected, np.float32), strict=True)
+
+
+def test_only_the_bytes_of_a_view_are_read(tmp_path, monkeypatch):
+    counts = []
+    fromfile = np.fromfile
+    monkeypatch.setattr(np, "fromfile", lambda file, dtype, n: counts.append(n) or fromfile(file, dtype, n))
+    content = {"all": tensor("0", (1000,), (1,), 1000), "two": tensor("0", (2, 2), (10, 1), 1000, 500)}
+    opened = open_torch_file(save(tmp_path / "m.pt", content, {"0": np.arange(1000, dtype=np.float32)}))
+    assert counts == [] and opened["all"].shape == (1000,)
+    np.testing.assert_array_equal(np.asarray(opened["two"]), np.float32([[500, 501], [510, 511]]))
+    assert counts == [12 * 4]
+
+
+@pytest.mark.parametrize(
+    ("view", "numbers"),
+    [
+        (tensor("0", (2, 3), (3, 1), 6, 1), r"shape \(2, 3\), strides \(3, 1\) and offset 1"),
+        (tensor("0", (2, 3), (4, 1), 6), r"strides \(4, 1\)"),
+        (tensor("0", (0, 3), (3, 1), 6, 7), "offset 7"),
+        (tensor("0", (7,), (1,), 6), r"shape \(7,\)"),
+        (tensor("0", (1 << 70,), (0,), 6), f"shape .{1 << 70},."),
+        (tensor("0", (1 << 40, 1 << 40), (0, 0), 6), "strides .0, 0."),
+        (tensor("0", (2,), (1, 1), 6), r"shape \(2,\), strides \(1, 1\)"),
+        (tensor("0", (1,) * 65, (1,) * 65, 6), "strides"),
+    ],
+)
+def test_a_view_that_leaves_its_storage_is_refused(tmp_path, view, numbers):
+    path = save(tmp_path / "m.pt", {"x": view})
+    with pytest.raises(ValueError, match=rf"m\.pt: 'x' with .*{numbers}.* does not lie inside its storage of 6 elem"):
+        open_torch_file(path)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        tensor("0", (-2, 3), (3, 1), 6),
+        tensor("0", (2, 3), (-3, 1), 6),
+        tensor("0", (2, 3), (3, 1), 6, -1),
+        tensor("0", (2.0,), (1,), 6),
+        tensor("0", (True,), (1,), 6),
+        tensor("0", "ab", (1, 1), 6),
+        tensor("0", [2], (1,), 6),
+        Call(REBUILD, ("no storage", 0, (1,), (1,), False, None)),
+    ],
+)
+def test_numbers_that_are_no_shape_are_refused(tmp_path, view):
+    with pytest.raises(ValueError, match="'x' is no storage with an offset, a shape and strides from 0 up"):
+        open_torch_file(save(tmp_path / "m.pt", {"x": view}))
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        (storage("1", 6), "entry archive/data/1 is missing"),
+        (storage("../data.pkl", 1), r"entry archive/data/\.\./data\.pkl is missing"),
+        (storage("/etc/passwd", 1), "entry archive/data//etc/passwd is missing"),
+        (storage("0", 7), "storage 0 has 24 bytes, 7 × float32 need 28"),
+        (storage("0", 1 << 62), "storage 0 has 24 bytes"),
+        (storage("0", 4, "LongStorage"), "storage 0 has 24 bytes, 4 × int64 need 32"),
+        (storage("0", -1), "a reference is not"),
+        (storage("0", 6.0), "a reference is not"),
+        (storage(0, 6), "a reference is not"),
+        (Reference(("module", Name("torch", "FloatStorage"), "0", "cpu", 6)), "a reference is not"),
+        (Reference(("storage", "Float", "0", "cpu", 6)), "a reference is not"),
+        (Reference("0"), "not enough values to unpack"),
+        (storage("0", 6, "UntypedStorage"), "it asks for 'torch.UntypedStorage'"),
+    ],
+)
+def test_storages_that_are_not_there_are_refused(tmp_path, reference, message):
+    path = save(tmp_path / "m.pt", {"x": Call(REBUILD, (reference, 0, (1,), (1,), False, None))})
+    with pytest.raises(ValueError, match=rf"m\.pt is no plain state dict: .*{message}"):
+        open_torch_file(path)
+
+
+class Reduced:
+    """Pickles as a call of function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def attacks(marker):
+    """{name: (name that is refused, pickle)}: each makes the file `marker` where it is executed."""
+    command, code = f"touch {marker}", f"open({str(marker)!r}, 'w')"
+    system = Name("posix", "system")
+    chain = Call(Name("builtins", "getattr"), (Call(Name("importlib", "import_module"), ("os",)), "system"))
+    made = {
+        "eval": ("builtins.eval", pickled(Call(Name("builtins", "eval"), (code,)))),
+        "exec": ("builtins.exec", pickled(Call(Name("builtins", "exec"), (code,)))),
+        "python 2": ("__builtin__.eval", pickled(Call(Name("__builtin__", "eval"), (code,)))),
+        "in a state dict": ("posix.system", pickled({"x": GOOD, "y": [Call(system, (command,))]})),
+        "getattr chain": ("builtins.getattr", pickled(Call(chain, (command,)))),
+        "numpy": ("numpy._core.multiarray._reconstruct", pickle.dumps(np.arange(3))),
+        "our module": ("rcm_jax.files.os.system", pickled(Call(Name("rcm_jax.files", "os.system"), (command,)))),
+        "dotted": ("torch._utils._rebuild_tensor_v2", pickled(Name("torch", "_utils._rebuild_tensor_v2"))),
+        "dotted class": ("collections.OrderedDict.fromkeys", pickled(Name("collections", "OrderedDict.fromkeys"))),
+        "torch.load": ("torch.load", pickled(Call(Name("torch", "load"), (str(marker),)))),
+        "open": ("_io.open", pickled(Call(Name("_io", "open"), (str(marker), "w")))),
+        "INST": ("posix.system", b"(" + opcodes(command) + b"iposix\nsystem\n."),
+        "OBJ": ("posix.system", b"(" + opcodes(system) + opcodes(command) + b"o."),
+        "NEWOBJ": ("subprocess.Popen", pickled(opcodes(Name("subprocess", "Popen")) + opcodes((command,)) + b"\x81")),
+        "dotted at 4": (
+            "os.path.os.system",
+            b"\x80\x04\x8c\x07os.path\x8c\x09os.system\x93" + opcodes((command,)) + b"R.",
+        ),
+    }
+    for protocol in range(6):
+        made[f"os.system at {protocol}"] = "posix.system", pickle.dumps(Reduced(os.system, command), protocol)
+        popen = "subprocess.Popen" if protocol > 2 else "commands.Popen"  # its name in Python 2
+        made[f"Popen at {protocol}"] = popen, pickle.dumps(Reduced(subprocess.Popen, ["touch", str(marker)]), protocol)
+    return made
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("attack", attacks("marker"))
+def test_a_pickle_that_calls_something_is_refused_by_name_and_not_executed(tmp_path, attack):
+    marker = tmp_path / "marker"
+    refused, data = attacks(marker)[attack]
+    path = save(tmp_path / "m.pt", data)
+    with pytest.raises(ValueError, match=rf"it asks for '{refused}'.*Nothing in it was executed; load it with torch"):
+        open_torch_file(path)
+    assert not marker.exists()
+
+
+def test_the_attacks_would_work(tmp_path):
+    """Else the test above shows nothing."""
+    for name in ("eval", "getattr chain", "os.system at 0", "os.system at 4", "INST", "OBJ", "dotted at 4"):
+        marker = tmp_path / name.replace(" ", "_")
+        result = pickle.loads(attacks(marker)[name][1])
+        if hasattr(result, "close"):
+            result.close()
+        assert marker.exists(), name
+
+
+@pytest.mark.parametrize("name", torch_file.ALLOWED, ids=".".join)
+@pytest.mark.parametrize(
+    "state", [{"__new__": None, "x": 1}, (None, {"__new__": None, "__setstate__": None}), ({}, {})]
+)
+def test_what_a_file_can_name_it_cannot_change(tmp_path, name, state):
+    function = torch_file.ALLOWED[name]
+    before = dict(vars(function)) if isinstance(function, type) else function
+    built = opcodes(Name(*name)) + opcodes(state) + b"b"
+    try:
+        open_torch_file(save(tmp_path / "m.pt", {"x": built, "y": GOOD}))
+    except ValueError:
+        assert isinstance(function, str)  # a string has no state
+    assert (dict(vars(function)) if isinstance(function, type) else function) == before
+    assert list(arrays(save(tmp_path / "good.pt", {"x": GOOD}))) == ["x"]
+
+
+def test_a_checked_view_cannot_be_changed_by_its_state(tmp_path):
+    for state in ({"size": (1 << 40,)}, (None, {"size": (1 << 40,)})):
+        changed = opcodes(GOOD) + opcodes(state) + b"b"
+        assert arrays(save(tmp_path / "m.pt", {"x": changed}))["x"].shape == (2, 3)
+
+
+def test_extension_codes_are_refused_even_if_something_registered_them(tmp_path):
+    marker = tmp_path / "marker"
+    copyreg.add_extension("posix", "system", 0xC0)
+    try:
+        attack = b"\x82\xc0" + opcodes((f"touch {marker}",)) + b"R."
+        pickle.loads(attack)  # and now it is in the cache, which asks nobody
+        assert marker.exists()
+        marker.unlink()
+        with pytest.raises(ValueError, match=r"it uses the extension code 192.*Nothing in it was executed"):
+            open_torch_file(save(tmp_path / "m.pt", attack))
+    finally:
+        copyreg.remove_extension("posix", "system", 0xC0)
+        copyreg.clear_extension_cache()
+    assert not marker.exists()
+
+
+def test_a_memo_larger_than_the_pickle_is_refused(tmp_path):
+    data = b"\x80\x02}r" + (1 << 31).to_bytes(4, "little") + b"."
+    with pytest.raises(ValueError, match=f"it has 9 bytes and wants to memorise item {1 << 31}"):
+        open_torch_file(save(tmp_path / "m.pt", data))
+
+
+def test_dicts_that_hold_themselves_or_each_other_end(tmp_path):
+    itself = b"\x80\x02}q\x01(" + opcodes("x") + opcodes(GOOD) + opcodes("y") + b"h\x01u."
+    with pytest.raises(ValueError, match=r"m\.pt holds 'y' a second time"):
+        open_torch_file(save(tmp_path / "m.pt", itself))
+    doubled = b"".join(b"}(" + opcodes("a") + b"h%c" % i + opcodes("b") + b"h%cuq%c" % (i, i + 1) for i in range(60))
+    with pytest.raises(ValueError, match="a second time"):
+        open_torch_file(save(tmp_path / "m.pt", b"\x80\x02}q\x00" + doubled + b"."))
+    deep = b"\x80\x02" + (b"}" + opcodes("a")) * 5000 + opcodes(GOOD) + b"s" * 5000 + b"."
+    assert list(open_torch_file(save(tmp_path / "m.pt", deep))) == [".".join("a" * 5000)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"step": 1, "list": [GOOD]}, "holds not a single tensor in its dicts"),
+        (GOOD, "holds no dict of tensors"),
+        ({"a.b": GOOD, "a": {"b": GOOD}}, r"holds two tensors named 'a\.b'"),
+        ({"a": {(1, 2): GOOD}}, "'a' has keys that are neither strings nor integers"),
+    ],
+)
+def test_contents_without_clear_names_are_refused(tmp_path, content, message):
+    with pytest.raises(ValueError, match=rf"m\.pt:? {message}"):
+        open_torch_file(save(tmp_path / "m.pt", content))
+
+
+def test_files_that_are_something_else_are_refused(tmp_path):
+    path = tmp_path / "m.pth"
+    pickle_alone = pickle.dumps({"a": 1}, 2)
+    for data in (b"", pickle_alone, b"version https://git-lfs.github.com/spec/v1", b"\0" * 4096):
+        path.write_bytes(data)
+        with pytest.raises(
+            ValueError, match=rf"m\.pth .{len(data)} bytes. cannot be read: it is no zip .*use the safet"
+        ):
+            open_torch_file(path)
+    with tarfile.open(path, "w") as archive:
+        archive.add(__file__, "storages")
+    with pytest.raises(ValueError, match=r"it is no zip \(an old torch format"):
+        open_torch_file(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/b.txt", "x")
+    with pytest.raises(ValueError, match=r"has one data\.pkl in a folder, this zip has 0"):
+        open_torch_file(path)
+    with pytest.raises(ValueError, match=r"written on a big-endian machine; load it with torch"):
+        open_torch_file(save(path, {"x": GOOD}, byteorder=b"big"))
+    with pytest.raises(ValueError, match="entry archive/byteorder is compressed or encrypted"):
+        open_torch_file(save(path, {"x": GOOD}, compression=zipfile.ZIP_DEFLATED))
+    with pytest.raises(FileNotFoundError):
+        open_torch_file(tmp_path / "none.pt")
+
+
+def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
+    path = save(tmp_path / "m.pt", {"x": GOOD})
+    data = path.read_bytes()
+    for size in (4, 30, 100, len(data) // 2, len(data) - 100, len(data) - 22, len(data) - 1):
+        path.write_bytes(data[:size])
+        with pytest.raises(ValueError, match=rf"m\.pt .{size} bytes. cannot be read: the zip is truncated or damaged"):
+            open_torch_file(path)
+
+
+def test_a_file_that_changes_after_it_was_opened_is_an_error(tmp_path):
+    path = save(tmp_path / "m.pt", {"x": GOOD})
+    opened = open_torch_file(path)
+    data = path.read_bytes()
+    end = data.index(np.arange(6, dtype=np.float32).tobytes()) + 20
+    path.write_bytes(data[:end])
+    with pytest.raises(ValueError, match="is truncated: archive/data/0 has 20 of 24 bytes"):
+        np.asarray(opened["x"])
+    path.write_bytes(b"\0" * len(data))
+    with pytest.raises(ValueError, match="is damaged: no entry archive/data/0 at byte"):
+        np.asarray(opened["x"])
+
+
+def test_damaged_files_raise_nothing_but_value_errors(tmp_path):
+    data = save(tmp_path / "m.pt", {"x": GOOD}).read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(400):
+        damaged = bytearray(data)
+        for place in rng.integers(len(data), size=rng.integers(1, 4)):
+            damaged[place] = rng.integers(256)
+        (tmp_path / "m.pt").write_bytes(damaged)
+        try:
+            arrays(tmp_path / "m.pt")
+        except ValueError as error:
+            refused += str(error).count("m.pt") > 0
+    assert refused > 200
