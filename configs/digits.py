@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     """All keys; change any from the command line, e.g. --config.train.steps=200."""
     config = ConfigDict()
     config.seed = 0
-    config.data = "digits"
+    config.data = dict(kind="digits")
     config.model = dict(
         kind="dit",
         num_classes=10,
@@ -66,5 +66,6 @@ def get_config() -> ConfigDict:
         sigma_max=80.0,
         mid_times=((), (0.8,), (1.0, 0.5), (1.1, 0.6, 0.25)),  # of 1, 2, 3 and 4 steps
         teacher_shift=1.0,
+        teacher_solver="euler",
     )
     return config

@@ -4,6 +4,7 @@ A workdir holds config.json (what made it) and checkpoints/STEP/: one item per f
 averaged student alone can be read as a teacher or for sampling, and "data", the position of the input pipeline.
 """
 
+import contextlib
 import json
 import pathlib
 
@@ -12,15 +13,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from rcm_jax.config import flatten
-from rcm_jax.files import write_text
+from rcm_jax.files import new_folder, write_text
 from rcm_jax.train_state import TrainState
 
+CHUNK_BYTES = 2**28  # of converted arrays on disk: a host that needs a part of one reads little more than that
+
 # What may change between a run and its continuation: when it stops and what it shows, not what it learns.
-_SHOWN = {f"config.sampling.{key}" for key in ("sigma_max", "mid_times", "teacher_shift")}
-# (More pretraining steps would be another teacher.)
+_SHOWN = {f"config.sampling.{key}" for key in ("sigma_max", "mid_times", "teacher_shift", "teacher_solver")}
+# (More pretraining steps would be another teacher. Data may be moved: that they are the same is the user's word.)
 _HABITS = ("log_every", "checkpoint_every", "sample_every", "keep", "wandb")
 MAY_CHANGE = (
     _SHOWN
+    | {"config.data.path"}
     | {f"config.train.{key}" for key in ("steps", *_HABITS)}
     | {f"config.pretrain.train.{key}" for key in _HABITS}
 )
@@ -92,6 +96,51 @@ def restore(manager: ocp.CheckpointManager, abstract: TrainState, data) -> Train
 
 def restore_item(workdir, name: str, abstract, step: int | None = None):
     """One field of the newest (or the given) checkpoint of a workdir, e.g. "ema"; ValueError if there is none."""
+    with _manager_of(workdir, step) as (manager, step):
+        return manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)}))[name]
+
+
+def write_params(workdir, values: dict, params) -> None:
+    """A new workdir of parameters that were not trained here: its config, and one checkpoint, of step 0, with "ema".
+
+    params are numpy arrays. The workdir is whole or not there; ValueError if there is something already.
+    """
+    # Orbax would copy all arrays first, and with OCDBT hold all that is written until the end: 16 GB for 6.
+    numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, numpy_handler), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
+    with new_folder(workdir) as folder:
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+        checkpoints = folder.absolute() / "checkpoints"
+        with ocp.CheckpointManager(checkpoints, options=options, item_handlers={"ema": handler}) as manager:
+            manager.save(0, args=ocp.args.Composite(ema=ocp.args.PyTreeSave(params, save_args=save_args)))
+        write_text(folder / "config.json", json.dumps(values, indent=1) + "\n")
+
+
+def restore_params(workdir, name: str, step: int | None = None):
+    """(parameters on the CPU in the dtypes they have, step) of "ema", "student" or "fake_score"; ValueError if none."""
+    with _manager_of(workdir, step) as (manager, step):
+        folder = manager.directory / str(step)
+    there = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if name not in there:
+        raise ValueError(f"the checkpoint of step {step} in {workdir} has no {name}; it has {', '.join(there)}")
+    cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    handler = ocp.PyTreeCheckpointHandler()
+    tree = handler.metadata(folder / name).tree
+    tree = tree if name == "ema" else {"params": tree["params"]}  # of a learner, the parameters alone
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cpu), tree)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    partial = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+    restored = handler.restore(folder / name, args=partial)
+    return (restored if name == "ema" else restored["params"]), step
+
+
+@contextlib.contextmanager
+def _manager_of(workdir, step: int | None):
+    """(manager, step) of the checkpoints of a workdir, the newest step if None; ValueError if there is none."""
     workdir = pathlib.Path(workdir)
     if not (workdir / "checkpoints").is_dir():
         raise ValueError(f"no checkpoint in {workdir}: it has no folder checkpoints")
@@ -100,8 +149,7 @@ def restore_item(workdir, name: str, abstract, step: int | None = None):
         if not steps or (step is not None and step not in steps):
             wanted = "any step" if step is None else f"step {step}"
             raise ValueError(f"no checkpoint of {wanted} in {workdir}; steps there: {steps or 'none'}")
-        step = steps[-1] if step is None else step
-        return manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)}))[name]
+        yield manager, steps[-1] if step is None else step
 
 
 def _items(state: TrainState) -> dict:

@@ -10,20 +10,28 @@ import jax.numpy as jnp
 
 from rcm_jax import checkpoint, denoiser, samplers
 from rcm_jax.config import build, flatten
-from rcm_jax.data import DATASETS
+from rcm_jax.data import DigitsConfig, LatentsConfig
 from rcm_jax.data.dataset import Dataset
-from rcm_jax.models import NETWORKS, DiTConfig
+from rcm_jax.models import NETWORKS, DiTConfig, WanConfig
+from rcm_jax.models.layers import DTYPES
 from rcm_jax.sharding import MeshConfig
 from rcm_jax.steps import DiffusionConfig, RcmConfig, student_updates
 from rcm_jax.trainer import TrainConfig
 from rcm_jax.trigflow import LogNormal, ShiftedUniform
 
-KINDS = {"dit": DiTConfig, "log_normal": LogNormal, "shifted_uniform": ShiftedUniform}
+KINDS = {
+    "digits": DigitsConfig,
+    "latents": LatentsConfig,
+    "dit": DiTConfig,
+    "wan": WanConfig,
+    "log_normal": LogNormal,
+    "shifted_uniform": ShiftedUniform,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """Making the teacher, where none is given."""
+    """Making the teacher."""
 
     method: DiffusionConfig
     train: TrainConfig
@@ -35,9 +43,12 @@ class SamplingConfig:
 
     sigma_max: float
     mid_times: tuple[tuple[float, ...], ...]
-    teacher_shift: float = 1.0  # of the teacher's Euler grid, uniform in rectified-flow time before the shift
+    teacher_shift: float = 1.0  # of the teacher's grid, uniform in rectified-flow time before the shift
+    teacher_solver: str = "euler"
 
     def __post_init__(self):
+        if self.teacher_solver not in samplers.SOLVERS:
+            raise ValueError(f"teacher_solver {self.teacher_solver!r} is none of {', '.join(samplers.SOLVERS)}")
         for k, times in enumerate(self.mid_times, 1):
             if len(times) != k - 1:
                 raise ValueError(f"mid_times[{k - 1}] is for {k} steps: it needs {k - 1} times, got {list(times)}")
@@ -45,37 +56,50 @@ class SamplingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pretraining:
-    """What makes a teacher, whole: the config of a teacher's workdir."""
+class Generator:
+    """A network and what it predicts: all that a converted checkpoint says of itself."""
 
-    seed: int
-    data: str
-    model: DiTConfig
+    model: DiTConfig | WanConfig
     parametrization: str  # what the network predicts, and of what
     time_scale: float  # the network is given time_scale × its own time
-    pretrain: PretrainConfig
-    sampling: SamplingConfig
-    mesh: MeshConfig
 
     def __post_init__(self):
         if self.parametrization not in denoiser.PARAMETRIZATIONS:
             raise ValueError(
                 f"parametrization {self.parametrization!r} is none of {', '.join(denoiser.PARAMETRIZATIONS)}"
             )
-        if self.data not in DATASETS:
-            raise ValueError(f"data {self.data!r} is none of {', '.join(DATASETS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretraining(Generator):
+    """What makes a teacher, whole: the config of a teacher's workdir."""
+
+    seed: int
+    data: DigitsConfig | LatentsConfig
+    pretrain: PretrainConfig
+    sampling: SamplingConfig
+    mesh: MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(Pretraining):
-    """A distillation, whole, with the pretraining of its teacher."""
+    """A distillation, whole, with the pretraining of its teacher if it has one."""
 
+    pretrain: PretrainConfig | None
     teacher: str  # workdir of a teacher; "": pretrain one first
     rcm: RcmConfig
     train: TrainConfig
+    teacher_dtype: str = "float32"  # of the teacher's parameters in memory; those that are trained are float32
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.teacher and self.pretrain is None:
+            raise ValueError(
+                "teacher is empty, and this experiment has no pretraining: set config.teacher to the workdir of one "
+                "(scripts/convert_checkpoint.py makes it from published weights)"
+            )
+        if self.teacher_dtype not in DTYPES:
+            raise ValueError(f"teacher_dtype {self.teacher_dtype!r} is none of {', '.join(DTYPES)}")
         updates, student = student_updates(self.rcm, self.train.steps), self.rcm.student
         if 0 < student.decay_steps < updates and student.final_scale == 0:
             raise ValueError(
@@ -84,14 +108,19 @@ class Experiment(Pretraining):
             )
 
 
-# What a teacher and its student must agree on, less how it is computed.
+# What a teacher and its student must agree on, less how it is computed and where data lie. (Converted weights say
+# nothing of data.)
 SHARED_WITH_TEACHER = ("data", "model", "parametrization", "time_scale")
-COMPUTATION = ("config.model.remat", "config.model.dtype")
+NOT_SHARED = ("config.data.path", "config.model.remat", "config.model.dtype", "config.model.time_dtype")
 
 
-def from_mapping(values: dict) -> Pretraining:
-    """An Experiment from a nested mapping, or a Pretraining if it has no key rcm; ValueError that names a bad key."""
-    return build(Experiment if "rcm" in values else Pretraining, values, kinds=KINDS)
+def from_mapping(values: dict) -> Generator:
+    """An Experiment from a nested mapping with the key rcm, else a Pretraining if it has pretrain, else a Generator.
+
+    Raises ValueError that names a bad key.
+    """
+    cls = Experiment if "rcm" in values else Pretraining if "pretrain" in values else Generator
+    return build(cls, values, kinds=KINDS)
 
 
 def teacher_values(values: dict) -> dict:
@@ -105,15 +134,16 @@ def check_teacher(values: dict) -> int:
     there = checkpoint.read_config(folder)
     if "rcm" in there:
         raise ValueError(f"{folder} holds a distilled student; its own teacher may be in {folder}/teacher")
-    theirs, ours = (flatten({key: v.get(key) for key in SHARED_WITH_TEACHER}) for v in (there, values))
+    shared = [key for key in SHARED_WITH_TEACHER if key in there or key != "data"]
+    theirs, ours = (flatten({key: v.get(key) for key in shared}) for v in (there, values))
     differing = [
         f"{key} is {theirs.get(key)} there, {ours.get(key)} here"
         for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key) and key not in COMPUTATION
+        if theirs.get(key) != ours.get(key) and key not in NOT_SHARED
     ]
     if differing:
         raise ValueError(f"the teacher in {folder} does not fit this config: {'; '.join(differing)}")
-    return there["pretrain"]["train"]["steps"]
+    return there["pretrain"]["train"]["steps"] if "pretrain" in there else 0
 
 
 class Network(NamedTuple):
@@ -128,10 +158,8 @@ def make_network(run: Pretraining, dataset: Dataset) -> Network:
 
     Raises ValueError if the network is for another number of classes than the data have.
     """
-    if (classes := run.model.num_classes) != dataset.num_classes:
-        raise ValueError(
-            f"config.model.num_classes is {classes}, but the {run.data} have {dataset.num_classes} classes"
-        )
+    if (classes := getattr(run.model, "num_classes", None)) != dataset.num_classes:
+        raise ValueError(f"config.model is for {classes} classes, but the data have {dataset.num_classes}")
     module = NETWORKS[type(run.model)](run.model)
 
     def init(key):
@@ -147,6 +175,19 @@ def make_network(run: Pretraining, dataset: Dataset) -> Network:
 def make_params(network: Network) -> Callable:
     """key -> plain parameters."""
     return lambda key: nn.meta.unbox(network.init(key))
+
+
+def as_dtype(params, dtype: str):
+    """Parameters in that dtype; an array that has another gives up its memory as soon as it is converted."""
+
+    def convert(leaf):
+        if leaf.dtype == dtype:
+            return leaf
+        converted = leaf.astype(dtype)
+        leaf.delete()
+        return converted
+
+    return jax.tree.map(convert, params)
 
 
 def student_sampler(F: denoiser.Velocity, sampling: SamplingConfig, steps: int) -> Callable:
@@ -166,12 +207,13 @@ def student_sampler(F: denoiser.Velocity, sampling: SamplingConfig, steps: int) 
 
 
 def teacher_sampler(F: denoiser.Velocity, uncond, guidance: float, sampling: SamplingConfig, steps: int) -> Callable:
-    """Jitted (params, key, sample_ids [b], cond, sample_shape) -> x0 [b, ...]: the guided PF-ODE by Euler steps."""
+    """Jitted (params, key, sample_ids [b], cond, sample_shape) -> x0 [b, ...]: the guided PF-ODE, solved."""
     guided = denoiser.guided(F, guidance)
+    solver = samplers.SOLVERS[sampling.teacher_solver]
     times = samplers.ode_times(steps, sampling.sigma_max, sampling.teacher_shift)
 
     def sample(params, key, ids, cond, shape):
         noise = samplers.unit_noise(jax.random.fold_in(key, 0), ids, shape)
-        return samplers.euler(guided, params, noise, times, (cond, uncond))
+        return solver(guided, params, noise, times, (cond, uncond))
 
     return jax.jit(sample, static_argnums=4)

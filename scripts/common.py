@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # run from a checkout without installing
 
@@ -41,6 +42,12 @@ def fail(error) -> None:
     """One line on stderr and exit status 2."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def bytes_bar(label: str, size: int) -> tqdm:
+    """Progress through so many bytes, on the console."""
+    often = 0.5 if sys.stderr.isatty() else 20  # seconds
+    return tqdm(total=size, desc=label, unit="B", unit_scale=True, dynamic_ncols=True, mininterval=often)
 
 
 def config_flag() -> flags.FlagHolder:

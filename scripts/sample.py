@@ -1,7 +1,7 @@
 """Sample: python scripts/sample.py --checkpoint=DIR --steps=4 --out=grid.png
 
 DIR is a workdir of scripts/train.py: of a distillation (the averaged student samples in few steps) or of a teacher
-(DIR/teacher: the guided PF-ODE by Euler steps). One row per class.
+(DIR/teacher: the guided PF-ODE). One row per class.
 """
 
 import common  # noqa: I001  (puts the checkout on the path)
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from rcm_jax import checkpoint, experiment, trainer
-from rcm_jax.data import DATASETS
+from rcm_jax.data import DATASETS, DigitsConfig
 from rcm_jax.evaluate.distillation import draw
 from rcm_jax.evaluate.picture import grid, save_png
 from rcm_jax.sharding import MeshConfig, make_mesh
@@ -33,7 +33,9 @@ def main():
     if not OUT.value.endswith(".png"):
         raise ValueError(f"--out={OUT.value} must end in .png")
     run = experiment.from_mapping(checkpoint.read_config(CHECKPOINT.value))
-    dataset = DATASETS[run.data]()
+    if not isinstance(run, experiment.Pretraining) or not isinstance(run.data, DigitsConfig):
+        raise ValueError(f"{CHECKPOINT.value} makes no pictures of classes, and nothing else is sampled so far")
+    dataset = DATASETS[type(run.data)](run.data)
     labels = parse_classes(CLASSES.value, dataset.num_classes)
     network = experiment.make_network(run, dataset)
     if isinstance(run, experiment.Experiment):

@@ -1,7 +1,7 @@
 """Train: python scripts/train.py --config=configs/digits.py --workdir=DIR [--config.key=value …]
 
-Pretrains a teacher in DIR/teacher if config.teacher names none, distils it into DIR, and writes DIR/report/.
-Started again on the same DIR it goes on from the newest checkpoint.
+Pretrains a teacher in DIR/teacher if config.teacher names none, distils it into DIR, and writes DIR/report/ for data
+that are pictures of classes. Started again on the same DIR it goes on from the newest checkpoint.
 """
 
 import common  # noqa: I001  (puts the checkout on the path)
@@ -29,10 +29,10 @@ def main():
     values = CONFIG.value.to_dict()
     run = experiment.from_mapping(values)
     mesh = make_mesh(run.mesh)
-    for train in (run.pretrain.train, run.train):
+    for train in [run.train] + ([] if run.teacher else [run.pretrain.train]):
         check_batch(train.batch_size, mesh)
     workdir = pathlib.Path(WORKDIR.value)
-    dataset = DATASETS[run.data]()
+    dataset = DATASETS[type(run.data)](run.data)
     network = experiment.make_network(run, dataset)
     abstract = jax.eval_shape(network.init, jax.random.key(0))
     folder = pathlib.Path(run.teacher or workdir / "teacher")
@@ -44,12 +44,13 @@ def main():
         if not run.teacher:
             checkpoint.claim_workdir(folder, experiment.teacher_values(values))
             params = pretrain(run, folder, mesh, dataset, network, abstract).ema
-        teacher = Teacher(params, jax.device_put(dataset.uncond, replicated(mesh)))
-        state = distil(run, workdir, mesh, dataset, network, abstract, teacher)
+        state, teacher = distil(run, workdir, mesh, dataset, network, abstract, params)
     except trainer.Interrupted as stop:
         print(stop)
         raise SystemExit(130) from None  # not finished, as a shell says it
-    print(f"trained in {(time.time() - started) / 60:.1f} min; evaluating")
+    print(f"trained in {(time.time() - started) / 60:.1f} min: {workdir}")
+    if dataset.to_image is None:
+        return
     print(write_distillation_report(run, workdir, folder, dataset, network.F, teacher, state.ema))
     print(f"{workdir / 'report'}: report.png, report.json ({(time.time() - started) / 60:.1f} min in all)")
 
@@ -71,19 +72,21 @@ def pretrain(run, folder, mesh, dataset, network, abstract):
         mesh=mesh,
         key=jax.random.fold_in(key, 1),
         label="teacher",
-        on_sample=lambda state, step: write_samples(run, folder, dataset, sampler, state.ema, step),
+        on_sample=sample_writer(run, folder, dataset, sampler),
     )
 
 
-def distil(run, workdir, mesh, dataset, network, abstract, teacher):
-    """rCM from the teacher; returns the last state."""
+def distil(run, workdir, mesh, dataset, network, abstract, params):
+    """rCM from the teacher's parameters, which it gives up; returns the last state and the teacher."""
     velocities = Velocities(
         student=network.F, teacher=denoiser.guided(network.F, run.rcm.guidance), fake_score=network.F
     )
     method = rcm_method(run.rcm, velocities)
-    state, shardings = trainer.place_state(method, abstract, mesh, teacher.params)
+    state, shardings = trainer.place_state(method, abstract, mesh, params)
+    uncond = jax.device_put(dataset.uncond, replicated(mesh))
+    teacher = Teacher(experiment.as_dtype(params, run.teacher_dtype), uncond)
     sampler = experiment.student_sampler(network.F, run.sampling, len(run.sampling.mid_times))
-    return trainer.fit(
+    state = trainer.fit(
         method,
         state,
         shardings,
@@ -94,8 +97,16 @@ def distil(run, workdir, mesh, dataset, network, abstract, teacher):
         mesh=mesh,
         key=jax.random.fold_in(jax.random.key(run.seed), 2),
         label="rCM",
-        on_sample=lambda state, step: write_samples(run, workdir, dataset, sampler, state.ema, step),
+        on_sample=sample_writer(run, workdir, dataset, sampler),
     )
+    return state, teacher
+
+
+def sample_writer(run, folder, dataset, sampler):
+    """What draws samples while a network trains, for data that can be shown."""
+    if dataset.to_image is None:
+        return None
+    return lambda state, step: write_samples(run, folder, dataset, sampler, state.ema, step)
 
 
 if __name__ == "__main__":

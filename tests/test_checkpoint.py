@@ -1,13 +1,19 @@
 """Workdirs and what is in them."""
 
 import copy
+import json
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rcm_jax import checkpoint
 from rcm_jax.experiment import check_teacher
+from rcm_jax.sharding import MeshConfig, make_mesh
+from tests.tiny import assert_trees_equal
 
 VALUES = {"seed": 0, "model": {"dim": 16}, "pretrain": {"train": {"steps": 5}}, "train": {"steps": 10, "log_every": 5}}
 
@@ -131,7 +137,12 @@ def test_item_of_a_step_that_was_not_kept_names_those_that_were(tmp_path):
 # --- teachers
 
 
-NETWORK = {"data": "digits", "parametrization": "trigflow", "time_scale": 1.0, "model": {"kind": "dit", "dim": 16}}
+NETWORK = {
+    "data": {"kind": "digits"},
+    "parametrization": "trigflow",
+    "time_scale": 1.0,
+    "model": {"kind": "dit", "dim": 16},
+}
 
 
 def test_a_teacher_of_the_same_data_and_network_fits_whatever_else_differs(tmp_path):
@@ -165,3 +176,82 @@ def test_how_a_network_is_computed_does_not_make_it_another_network(tmp_path, ke
     theirs = NETWORK | {"model": NETWORK["model"] | {key: 1}, "pretrain": {"train": {"steps": 9}}}
     checkpoint.claim_workdir(tmp_path, theirs)
     check_teacher(NETWORK | {"model": NETWORK["model"] | {key: 2}, "teacher": str(tmp_path), "rcm": {}})
+
+
+def test_converted_weights_fit_whatever_the_data(tmp_path):
+    params = {"a": np.zeros(3, np.float32)}
+    values = {key: NETWORK[key] for key in ("model", "parametrization", "time_scale")}
+    checkpoint.write_params(tmp_path / "t", values, params)
+    assert check_teacher(NETWORK | {"teacher": str(tmp_path / "t"), "rcm": {}}) == 0
+    with pytest.raises(ValueError, match=r"config.time_scale is 1.0 there, 1000.0 here"):
+        check_teacher(NETWORK | {"teacher": str(tmp_path / "t"), "rcm": {}, "time_scale": 1000.0})
+
+
+def test_data_may_have_moved_but_not_changed_their_kind_or_shape(tmp_path):
+    there = {"kind": "latents", "path": "old", "shape": [2, 4, 4, 3]}
+    checkpoint.claim_workdir(tmp_path, NETWORK | {"data": there, "pretrain": {"train": {"steps": 9}}})
+    ours = NETWORK | {"teacher": str(tmp_path), "rcm": {}}
+    assert check_teacher(ours | {"data": there | {"path": "new"}}) == 9
+    with pytest.raises(ValueError, match=r"config.data.shape is \[2, 4, 4, 3\] there, \[2, 4, 4, 4\] here"):
+        check_teacher(ours | {"data": there | {"shape": [2, 4, 4, 4]}})
+
+
+# --- parameters that were not trained here
+
+
+def some_params():
+    rng = np.random.default_rng(0)
+    wide, narrow = rng.normal(size=(3, 8, 16)).astype(np.float32), rng.normal(size=5).astype(ml_dtypes.bfloat16)
+    return {"blocks": {"kernel": wide}, "bias": narrow}
+
+
+@pytest.mark.smoke
+def test_parameters_are_written_and_read_to_the_bit_in_the_dtypes_they_have(tmp_path):
+    checkpoint.write_params(tmp_path / "new", {"model": 1}, some_params())
+    assert checkpoint.read_config(tmp_path / "new") == {"model": 1}
+    params, step = checkpoint.restore_params(tmp_path / "new", "ema")
+    assert step == 0
+    assert jax.tree.map(lambda p: p.dtype, params) == jax.tree.map(lambda p: p.dtype, some_params())
+    assert_trees_equal(params, some_params())
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_parameters_are_restored_onto_a_mesh_in_the_dtype_asked_for(tmp_path):
+    checkpoint.write_params(tmp_path / "new", {"model": 1}, some_params())
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+    spec = {"blocks": {"kernel": PartitionSpec(None, "fsdp")}, "bias": PartitionSpec()}
+    shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), spec)
+    as_float32 = jax.tree.map(lambda p: p.astype(np.float32), some_params())
+    restored = checkpoint.restore_item(tmp_path / "new", "ema", checkpoint.abstract_like(as_float32, shardings))
+    assert jax.tree.map(lambda p: p.sharding, restored) == shardings
+    assert_trees_equal(restored, as_float32)
+
+
+def test_large_arrays_are_written_in_pieces(tmp_path, monkeypatch):
+    """So that a host which needs a part of an array does not read all of it."""
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 256)
+    checkpoint.write_params(tmp_path / "new", {"model": 1}, some_params())
+    folder = tmp_path / "new" / "checkpoints" / "0" / "ema" / "blocks.kernel"
+    chunks = json.loads((folder / ".zarray").read_text())["chunks"]
+    assert np.prod(chunks) * 4 <= 256
+    assert len([path for path in folder.iterdir() if not path.name.startswith(".")]) == 3 * 8 * 16 // np.prod(chunks)
+    assert_trees_equal(checkpoint.restore_params(tmp_path / "new", "ema")[0], some_params())
+
+
+def test_parameters_are_not_written_over_anything_nor_by_half(tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not an empty folder: choose another"):
+        checkpoint.write_params(tmp_path / "taken", {}, some_params())
+    with pytest.raises(TypeError):  # JSON knows no sets
+        checkpoint.write_params(tmp_path / "new", {"model": {1, 2}}, some_params())
+    assert set(contents(tmp_path)) == {"taken/thesis.txt"}
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_network_that_a_checkpoint_lacks_is_named_with_those_it_has(tmp_path):
+    checkpoint.write_params(tmp_path / "new", {"model": 1}, some_params())
+    with pytest.raises(ValueError, match=r"step 0 in .*new has no student; it has ema"):
+        checkpoint.restore_params(tmp_path / "new", "student")
+    with pytest.raises(ValueError, match=r"no checkpoint of step 3 in .*; steps there: \[0\]"):
+        checkpoint.restore_params(tmp_path / "new", "ema", 3)

@@ -132,7 +132,7 @@ def test_the_part_that_makes_the_teacher_is_a_pretraining_without_the_rest():
         ("rcm.scm_time.kind", "normal", r"config.rcm.scm_time.kind is 'normal'"),
         ("rcm.student.learning_rate", "big", r"config.rcm.student.learning_rate must be float"),
         ("parametrization", "v", r"config: parametrization 'v' is none of trigflow, rectified_flow, edm"),
-        ("data", "cats", r"config: data 'cats' is none of digits"),
+        ("data", "cats", r"config.data must be a group|config.data.kind is None; it must be one of digits, latents"),
         ("train.batch_size", 0, r"config.train: batch_size must be at least 1"),
         ("sampling.mid_times", [[], [1.1, 1.0]], r"config.sampling: mid_times\[1\] is for 2 steps"),
     ],

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import digits
+from configs import digits, wan_1_3b
 from rcm_jax import denoiser, experiment, samplers
+from rcm_jax.data.dataset import Dataset
 from rcm_jax.experiment import SamplingConfig
 from rcm_jax.steps import rcm_phase, student_updates
 from tests.tiny import relative
@@ -87,3 +88,68 @@ def test_student_updates_are_counted_as_the_phases_make_them():
         for steps in (0, 3, 5, 6, 7, 8, 9, 20):
             phases = [rcm_phase(config, i) for i in range(steps)]
             assert student_updates(config, steps) == len(phases) - phases.count("critic")
+
+
+# --- what an experiment is made of
+
+
+def wan_values(**changes):
+    values = wan_1_3b.get_config("tiny").to_dict()
+    values["data"]["path"] = "latents"
+    return values | {"teacher": "there"} | changes
+
+
+@pytest.mark.smoke
+def test_a_mapping_is_what_its_keys_make_it():
+    values = wan_values()
+    assert type(experiment.from_mapping(values)) is experiment.Experiment
+    network = {key: values[key] for key in ("model", "parametrization", "time_scale")}
+    assert type(experiment.from_mapping(network)) is experiment.Generator
+    theirs = experiment.teacher_values(digits.get_config().to_dict())
+    assert type(experiment.from_mapping(theirs)) is experiment.Pretraining
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": ""}, r"config: teacher is empty, .*convert_checkpoint"),
+        ({"teacher_dtype": "int8"}, r"config: teacher_dtype 'int8' is none of float32, bfloat16"),
+        ({"data": {"kind": "latents", "path": "", "shape": (2, 4, 6, 4)}}, r"config.data: path is empty"),
+        ({"data": {"kind": "cifar"}}, r"config.data.kind is 'cifar'; it must be one of digits, latents"),
+    ],
+)
+def test_experiments_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        experiment.from_mapping(wan_values(**changes))
+
+
+def test_a_network_for_classes_takes_no_data_without_and_the_other_way_round():
+    text = {"text": np.zeros((6, 8), np.float32)}
+    one = {"x0": np.zeros((1, 2, 4, 6, 4), np.float32), "cond": text}
+    wan_run = experiment.from_mapping(wan_values())
+    with pytest.raises(ValueError, match=r"config.model is for None classes, but the data have 3"):
+        experiment.make_network(wan_run, Dataset(one, None, text, 3, None))
+    digits_run = experiment.from_mapping(digits.get_config().to_dict())
+    with pytest.raises(ValueError, match=r"config.model is for 10 classes, but the data have None"):
+        experiment.make_network(digits_run, Dataset(one, None, text, None, None))
+
+
+def test_solvers_are_known_by_name():
+    with pytest.raises(ValueError, match="teacher_solver 'heun' is none of euler, unipc"):
+        dataclasses.replace(SAMPLING, teacher_solver="heun")
+    key, unipc = jax.random.key(0), dataclasses.replace(SAMPLING, teacher_solver="unipc")
+    sampled = experiment.teacher_sampler(F, UNCOND, 2.0, unipc, 4)(0.5, key, np.arange(6), COND, SHAPE)
+    noise = samplers.unit_noise(jax.random.fold_in(key, 0), np.arange(6), SHAPE)
+    times = samplers.ode_times(4, 80.0, 3.0)
+    expected = samplers.unipc(denoiser.guided(F, 2.0), 0.5, noise, times, (COND, UNCOND))
+    np.testing.assert_allclose(sampled, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_in_another_dtype_take_the_place_of_the_first():
+    params = {"a": jnp.arange(4.0), "b": jnp.ones(3)}
+    same = experiment.as_dtype(params, "float32")
+    assert all(same[name] is params[name] for name in params)
+    narrow = experiment.as_dtype(params, "bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(narrow)} == {jnp.dtype("bfloat16")}
+    np.testing.assert_array_equal(narrow["a"], [0, 1, 2, 3])
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))

@@ -13,6 +13,7 @@ from jax.extend import core
 
 from kernels import attention
 from rcm_jax import denoiser, experiment, trainer
+from rcm_jax.data import DigitsConfig
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.models import DiTConfig
 from rcm_jax.models.dit import DiT
@@ -159,7 +160,7 @@ def placed(method: Method, mesh, params, config: DiTConfig = MODEL):
 def make_network():
     """The tiny network as scripts/train.py makes it."""
     run = experiment.Pretraining(
-        seed=0, data="digits", model=MODEL, parametrization="trigflow", time_scale=1.0, pretrain=None,
+        seed=0, data=DigitsConfig(), model=MODEL, parametrization="trigflow", time_scale=1.0, pretrain=None,
         sampling=None, mesh=MeshConfig(),
     )  # fmt: skip
     examples = {"x0": np.zeros((1, *SHAPE), np.float32)}

@@ -1,5 +1,7 @@
-"""Data sets by name."""
+"""Data sets: the config that names one, and the function that loads it."""
 
-from rcm_jax.data import digits
+from rcm_jax.data import digits, latents
+from rcm_jax.data.digits import DigitsConfig
+from rcm_jax.data.latents import LatentsConfig
 
-DATASETS = {"digits": digits.load}
+DATASETS = {DigitsConfig: digits.load, LatentsConfig: latents.load}

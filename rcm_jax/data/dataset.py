@@ -1,7 +1,7 @@
 """What a data set gives the rest, and the stream of training batches whose position is part of the checkpoint."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
@@ -11,17 +11,20 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Examples, train and test: {"x0": [n, ...] of unit variance, "cond": {name: [n, ...]}}."""
+    """Examples {"x0": [n, ...] of unit variance, "cond": {name: [n, ...]}}, in memory or read when they are asked for.
+
+    The first are dicts of arrays; the others have len() and give the batch of examples[rows], rows [b] of int.
+    """
 
     train: Any
-    test: Any
+    test: Any | None
     uncond: Any  # a condition without the leading axis: null class, negative prompt
-    num_classes: int
-    to_image: Callable  # x0 [n, ...] -> numpy images in [0, 1]
+    num_classes: int | None  # None: not of classes
+    to_image: Callable | None  # x0 [n, ...] -> numpy images in [0, 1]; None: it takes a decoder
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        return self.train["x0"].shape[1:]
+        return random_access(self.train)[np.arange(1)]["x0"].shape[1:]
 
 
 class Examples:
@@ -37,15 +40,23 @@ class Examples:
         return jax.tree.map(lambda a: a[i], self.arrays)
 
 
-def batches(arrays, batch_size: int, seed: int) -> grain.DatasetIterator:
+def random_access(examples):
+    """Examples that have len() and take rows, from either kind of a Dataset."""
+    return Examples(examples) if isinstance(examples, Mapping) else examples
+
+
+def batches(examples, batch_size: int, seed: int) -> grain.DatasetIterator:
     """Endless shuffled batches [batch_size, ...]; get_state and set_state of the iterator are its position.
 
-    Every epoch is a new permutation, and batches run over epoch borders: no example is dropped.
+    Every epoch is a new permutation, and batches run over epoch borders: no example is dropped. In memory are
+    indices and four batches ahead, however many examples there are.
     """
-    examples = Examples(arrays)
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size} must be at least 1")
-    order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat().batch(batch_size)
+    # One thread is enough to index arrays; a disk is read for four batches at a time. The order is the same.
+    threads = 1 if isinstance(examples, Mapping) else 4
+    source = random_access(examples)
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(batch_size)
     # Whole batches are gathered at once: one indexing per array, not one per example.
-    stream = order.map(lambda rows: examples[np.asarray(rows)])
-    return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    stream = order.map(lambda rows: source[np.asarray(rows)])
+    return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)))

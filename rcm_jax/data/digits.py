@@ -1,5 +1,7 @@
 """scikit-learn's digits: 1,797 real 8×8 images of ten classes that ship with the library (no download)."""
 
+import dataclasses
+
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -9,7 +11,12 @@ from rcm_jax.data.dataset import Dataset
 HELD_OUT = 360
 
 
-def load() -> Dataset:
+@dataclasses.dataclass(frozen=True)
+class DigitsConfig:
+    """The digits: there is nothing to choose."""
+
+
+def load(config: DigitsConfig) -> Dataset:
     """1,437 training and 360 held-out images, the classes in equal parts, the same split every time.
 
     Pixels 0..16 are shifted and scaled by one mean and one deviation, those of the training split: unit variance.

@@ -75,7 +75,7 @@ def write_distillation_report(run: Experiment, workdir, teacher_dir, dataset, F,
         panels=panels,
         curves=_curves(workdir, teacher_dir),
         rows=table(rows, relative_to=BASELINE),
-        title=f"rCM on {run.data}",
+        title="rCM on digits",
         footer=f"Seed {run.seed}. Fréchet distances (FD) of {SAMPLES} samples to {len(test[1])} held-out real images; "
         f"ratios to {BASELINE}.\nThe real row is the {len(train[1])} images that trained the classifier; "
         f"its accuracy on the held-out ones is {reference.accuracy:.3f}.",

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from rcm_jax.data.dataset import batches
+from rcm_jax.data.dataset import Dataset, Examples, batches
 
 ARRAYS = {"x0": np.arange(20.0).reshape(10, 2), "cond": {"label": np.arange(10)}}
 
@@ -43,6 +43,19 @@ def test_a_restored_position_goes_on_with_the_next_batch_whatever_was_prefetched
     labels(again, 2)  # its own position is replaced
     again.set_state(position)
     assert labels(again, 12 - consumed) == whole[consumed:]
+
+
+def test_a_random_access_source_gives_the_same_stream_as_its_arrays():
+    assert labels(batches(Examples(ARRAYS), 4, seed=0), 12) == labels(batches(ARRAYS, 4, seed=0), 12)
+
+
+def test_the_stream_of_a_seed_stays_what_it_was():
+    assert labels(batches(ARRAYS, 4, seed=0), 3) == [[1, 2, 4, 5], [9, 7, 8, 6], [0, 3, 9, 6]]
+
+
+@pytest.mark.parametrize("train", [ARRAYS, Examples(ARRAYS)], ids=["arrays", "source"])
+def test_the_sample_shape_is_known_of_either_kind(train):
+    assert Dataset(train, None, {}, None, None).sample_shape == (2,)
 
 
 def test_a_batch_larger_than_the_data_spans_epochs():

@@ -1,0 +1,54 @@
+"""Convert published weights: python scripts/convert_checkpoint.py --model=wan-1.3b --src=FILE_OR_FOLDER --dst=DIR
+
+The source is .safetensors (one file, or shards with an index), .pth or .pt, in the layout of Wan-AI, of NVlabs/rcm or
+of diffusers; which one is seen by the names. DIR becomes a workdir that config.teacher can name.
+"""
+
+import common  # noqa: I001  (puts the checkout on the path)
+import dataclasses
+import math
+import pathlib
+
+import jax.numpy as jnp
+from absl import flags, logging
+
+from rcm_jax import checkpoint, convert
+from rcm_jax.convert.files import open_tensors
+from rcm_jax.files import check_new_folder
+
+MODEL = flags.DEFINE_string("model", None, f"{', '.join(convert.PUBLISHED)}, or a JSON file as config.model.")
+SRC = flags.DEFINE_string("src", None, "A .safetensors, .safetensors.index.json, .pth or .pt file, or a folder of one.")
+DST = flags.DEFINE_string("dst", None, "The workdir to make: new or empty.")
+DTYPE = flags.DEFINE_enum("dtype", "keep", ["keep", *convert.DTYPES], "Of the parameters that are written.")
+PREFIX = flags.DEFINE_string("prefix", None, "Take the tensors under this prefix alone, e.g. net_ema.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what would be done, check all names and shapes, write nothing.")
+flags.mark_flags_as_required(["model", "src", "dst"])
+
+
+def main():
+    kind, config = convert.named(MODEL.value)
+    check_new_folder(DST.value)
+    tensors = open_tensors(pathlib.Path(SRC.value))
+    if PREFIX.present:
+        tensors = convert.under_prefix(tensors, PREFIX.value)
+    layout = convert.recognise(kind, tensors, config)
+    dtype = None if DTYPE.value == "keep" else jnp.dtype(DTYPE.value)
+    count = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    held = "/".join(sorted({str(tensor.dtype) for tensor in tensors.values()}))
+    print(f"{SRC.value}: {MODEL.value} in the layout {layout!r}, {len(tensors)} tensors, {count:,} parameters, {held}")
+    print(f"{DST.value}: to be a workdir of its parameters in {dtype or held}")
+    if DRY_RUN.value:
+        print("dry run: all names and shapes fit; nothing was written")
+        return
+    size = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
+    with common.bytes_bar("reading", size) as bar:
+        params = convert.from_reference(kind, tensors, config, dtype=dtype, progress=bar.update)
+    print("writing")
+    logging.set_verbosity(logging.ERROR)  # orbax warns of the format that is chosen on purpose
+    model = dataclasses.asdict(config) | {"kind": kind}
+    checkpoint.write_params(DST.value, {"model": model} | convert.MODELS[kind].generator, params)
+    print(f"{DST.value}: done; --config.teacher={DST.value} distils it")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,69 @@
+"""Export weights: python scripts/export_checkpoint.py --checkpoint=WORKDIR --layout=diffusers --dst=DIR
+
+From a workdir of scripts/train.py (the averaged student, unless --item says otherwise) or of convert_checkpoint.py to
+safetensors: for diffusers (`from_pretrained(DIR)`), under Wan-AI's names (also ComfyUI's), or those of NVlabs/rcm.
+"""
+
+import common  # noqa: I001  (puts the checkout on the path)
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from rcm_jax import checkpoint, convert, experiment
+from rcm_jax.convert.files import LazyTensor, write_tensors
+from rcm_jax.files import check_new_folder
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir of scripts/train.py or convert_checkpoint.py.")
+ITEM = flags.DEFINE_enum("item", "ema", ["ema", "student", "fake_score"], "Which network; ema: the averaged student.")
+STEP = flags.DEFINE_integer("checkpoint_step", None, "Training step of the checkpoint; the newest if not given.")
+LAYOUT = flags.DEFINE_string("layout", "diffusers", "official, rcm or diffusers.")
+DST = flags.DEFINE_string("dst", None, "The folder to make: new or empty.")
+DTYPE = flags.DEFINE_enum("dtype", "keep", ["keep", *convert.DTYPES], "Of the tensors that are written.")
+SHARD_GB = flags.DEFINE_float(
+    "shard_gb", None, "Most of one file, in 10⁹ bytes; by default 10 for diffusers, else all."
+)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what would be done; write nothing.")
+flags.mark_flags_as_required(["checkpoint", "dst"])
+
+
+def main():
+    values = checkpoint.read_config(CHECKPOINT.value)
+    run = experiment.from_mapping(values)
+    kind = values["model"]["kind"]
+    if kind not in convert.MODELS:
+        raise ValueError(f"{CHECKPOINT.value} holds a {kind}; what can be exported is {', '.join(convert.MODELS)}")
+    check_new_folder(DST.value)
+    params, step = checkpoint.restore_params(CHECKPOINT.value, ITEM.value, STEP.value)
+    tensors = convert.to_reference(kind, params, run.model, LAYOUT.value)
+    if DTYPE.value != "keep":
+        tensors = {name: as_dtype(tensor, jnp.dtype(DTYPE.value)) for name, tensor in tensors.items()}
+    size = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
+    held = "/".join(sorted({str(tensor.dtype) for tensor in tensors.values()}))
+    print(f"{CHECKPOINT.value}: {ITEM.value} of step {step}, {len(tensors)} tensors, {size / 1e9:.2f} GB in {held}")
+    print(f"{DST.value}: to be {kind} in the layout {LAYOUT.value!r}")
+    if DRY_RUN.value:
+        print("dry run: nothing was written")
+        return
+    limit = SHARD_GB.value or (10 if LAYOUT.value == "diffusers" else math.inf)
+    with common.bytes_bar("writing", size) as bar:
+        names = write_tensors(
+            DST.value,
+            tensors,
+            stem="diffusion_pytorch_model",
+            shard_bytes=limit * 1e9,
+            extra_files={"config.json": json.dumps(convert.MODELS[kind].described(run.model, LAYOUT.value), indent=2)},
+            progress=bar.update,
+        )
+    print(f"{DST.value}: {', '.join(names)}")
+
+
+def as_dtype(tensor, dtype) -> LazyTensor:
+    """The tensor in another dtype, made when it is written."""
+    return LazyTensor(tensor.shape, np.dtype(dtype), lambda: tensor.astype(dtype))
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,307 @@
+"""Latents on disk: what is written is read, to the bit; bad folders and bad examples are told."""
+
+import itertools
+import os
+import pickle
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from rcm_jax.data import DATASETS, LatentsConfig
+from rcm_jax.data.dataset import batches
+from rcm_jax.data.latents import write
+
+SHAPE = (2, 3, 4, 5)
+FOUR = 1500  # bytes: a record has some 400
+UNCOND = {"text": np.full((3, 4), -1, jnp.bfloat16)}
+
+
+def example(i, x0_dtype=jnp.bfloat16, **others):
+    """Numbers of which i is in every one, so that a row is known by its content."""
+    x0 = np.random.default_rng(i).normal(size=SHAPE).astype(x0_dtype)
+    return {"x0": x0, "text": np.full((3, 4), i, jnp.bfloat16), **others}
+
+
+def examples(n):
+    return [example(i) for i in range(n)]
+
+
+def written(folder, n=10, shard_bytes=FOUR):
+    """A folder of n examples, four in a shard."""
+    write(folder, examples(n), UNCOND, shard_bytes=shard_bytes)
+    return folder
+
+
+def load(folder, shape=SHAPE):
+    config = LatentsConfig(str(folder), shape)
+    return DATASETS[LatentsConfig](config)
+
+
+def rows(iterator, n):
+    """Which examples are in the next n batches."""
+    return [batch["cond"]["text"][:, 0, 0].astype(int).tolist() for batch in itertools.islice(iterator, n)]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def refused(message, call, *args, error=ValueError, **kwargs):
+    """The call raises this very message."""
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        call(*args, **kwargs)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+def test_what_is_written_is_read_to_the_bit(tmp_path, dtype):
+    others = {"y": np.arange(6, dtype=np.float16).reshape(2, 3), "label": np.int32(7)}
+    data = [example(i, dtype, **others) for i in range(5)]
+    uncond = UNCOND | {"y": np.zeros((2, 3), np.float16), "label": np.int32(0)}
+    assert write(tmp_path / "set", iter(data), uncond) == 5
+    dataset = load(tmp_path / "set")
+    assert len(dataset.train) == 5
+    batch = dataset.train[np.array([3, 0, 3])]
+    assert batch["x0"].dtype == np.float32 and batch["x0"].shape == (3, *SHAPE)
+    for got, i in zip(batch["x0"], (3, 0, 3), strict=True):
+        np.testing.assert_array_equal(got, data[i]["x0"].astype(np.float32))
+    assert {k: (v.dtype, v.shape) for k, v in batch["cond"].items()} == {
+        "text": (jnp.bfloat16, (3, 3, 4)), "y": (np.float16, (3, 2, 3)), "label": (np.int32, (3,))
+    }  # fmt: skip
+    assert batch["cond"]["text"][0].tobytes() == data[3]["text"].tobytes()
+    assert batch["cond"]["label"].tolist() == [7, 7, 7]
+    assert dataset.uncond["text"].dtype == jnp.bfloat16
+    assert dataset.uncond["text"].tobytes() == uncond["text"].tobytes()
+    assert (dataset.test, dataset.num_classes, dataset.to_image) == (None, None, None)
+    assert dataset.sample_shape == SHAPE
+
+
+def test_records_are_plain_safetensors_one_in_a_group(tmp_path):
+    data = [{"x0": np.arange(4.0, dtype=np.float32) + i, "text": np.full(2, i, np.float16)} for i in range(3)]
+    write(tmp_path / "set", data, {"text": np.zeros(2, np.float16)})
+    reader = ArrayRecordReader(str(tmp_path / "set" / "latents-00000-of-00001.array_record"))
+    assert "group_size:1," in reader.writer_options_string()
+    stored = safetensors.numpy.load(reader.read([2])[0])
+    assert {name: (v.dtype, v.tolist()) for name, v in stored.items()} == {
+        "x0": (np.float32, [2, 3, 4, 5]), "text": (np.float16, [2, 2])
+    }  # fmt: skip
+
+
+def test_shards_are_numbered_and_the_order_is_that_of_writing(tmp_path):
+    folder = written(tmp_path / "set")
+    assert names(folder) == [f"latents-0000{i}-of-00003.array_record" for i in range(3)] + ["uncond.safetensors"]
+    assert names(tmp_path) == ["set"]
+    assert load(folder).train[np.arange(10)]["cond"]["text"][:, 0, 0].astype(int).tolist() == list(range(10))
+
+
+def test_an_empty_folder_is_filled_and_arrays_of_any_layout_are_stored_right(tmp_path):
+    turned = {"x0": jnp.arange(120.0).reshape(SHAPE), "text": np.arange(12.0, dtype=np.float32).reshape(4, 3).T}
+    write(tmp_path, [turned], {"text": np.zeros((3, 4), np.float32)})
+    batch = load(tmp_path).train[np.array([0])]
+    np.testing.assert_array_equal(batch["x0"][0].ravel(), np.arange(120))
+    np.testing.assert_array_equal(batch["cond"]["text"][0], turned["text"])
+
+
+def test_every_epoch_is_a_new_permutation_over_all_shards(tmp_path):
+    stream = batches(load(written(tmp_path / "set")).train, 4, seed=0)
+    seen = list(itertools.chain(*rows(stream, 10)))  # four epochs of ten
+    epochs = [seen[i : i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+@pytest.mark.smoke
+def test_the_stream_is_that_of_the_same_examples_in_memory_and_resumes_exactly(tmp_path):
+    folder, data = written(tmp_path / "set"), examples(10)
+    x0 = np.stack([e["x0"] for e in data]).astype(np.float32)
+    memory = {"x0": x0, "cond": {"text": np.stack([e["text"] for e in data])}}
+    whole = list(itertools.islice(batches(memory, 4, seed=3), 12))
+    for consumed in (0, 1, 3, 7):
+        first = batches(load(folder).train, 4, seed=3)
+        head = list(itertools.islice(first, consumed))
+        again = batches(load(folder).train, 4, seed=3)
+        next(again)  # its own position is replaced
+        again.set_state(first.get_state())
+        got = [*head, *itertools.islice(again, 12 - consumed)]
+        assert jax.tree.structure(got) == jax.tree.structure(whole)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True):
+            assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def test_a_source_survives_pickling(tmp_path):
+    source = load(written(tmp_path / "set")).train
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source))[np.array([9])]["x0"], source[np.array([9])]["x0"])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(text=np.zeros((3, 5), jnp.bfloat16)), "text bfloat16 [3, 5], x0 bfloat16 [2, 3, 4, 5]"),
+        (dict(x0=np.zeros((2, 3), jnp.bfloat16)), "text bfloat16 [3, 4], x0 bfloat16 [2, 3]"),
+        (dict(text=np.zeros((3, 4), np.float16)), "text float16 [3, 4], x0 bfloat16 [2, 3, 4, 5]"),
+        (dict(y=np.zeros(1, np.float32)), "text bfloat16 [3, 4], x0 bfloat16 [2, 3, 4, 5], y float32 [1]"),
+    ],
+)
+def test_an_example_unlike_the_first_is_refused_and_nothing_is_left(tmp_path, changes, message):
+    data = examples(10)
+    data[6] |= changes
+    expected = f"example 6 holds {message}; example 0 holds text bfloat16 [3, 4], x0 bfloat16 [2, 3, 4, 5]"
+    refused(expected, write, tmp_path / "set", data, UNCOND, shard_bytes=FOUR)
+    assert names(tmp_path) == []
+
+
+def test_tensors_that_cannot_be_stored_are_refused(tmp_path):
+    bad = example(0) | {"x0": np.zeros(SHAPE)}
+    allowed = "tensors must be float32, float16, bfloat16, int32"
+    refused(f"example 0: x0 is float64; {allowed}", write, tmp_path / "set", [bad], UNCOND)
+    refused(
+        f"uncond.safetensors: text is int64; {allowed}", write, tmp_path / "set", examples(1), {"text": np.arange(3)}
+    )
+    bad = example(1)
+    bad["text"][2, :2] = [np.inf, np.nan]
+    message = "example 1: 2 of 12 elements of text are not finite"
+    refused(message, write, tmp_path / "set", [example(0), bad], UNCOND)
+    assert names(tmp_path) == []
+
+
+def test_examples_without_float_latents_are_refused(tmp_path):
+    message = "example 0 holds text bfloat16 [3, 4]; x0 must be among them, in a float dtype"
+    refused(message, write, tmp_path / "set", [UNCOND], UNCOND)
+    whole = {"x0": np.arange(3, dtype=np.int32)}
+    message = "example 0 holds x0 int32 [3]; x0 must be among them, in a float dtype"
+    refused(message, write, tmp_path / "set", [whole], {})
+    refused("there is no example to write", write, tmp_path / "set", iter([]), UNCOND)
+    assert names(tmp_path) == []
+
+
+def test_the_condition_of_guidance_must_be_like_the_conditions(tmp_path):
+    message = (
+        "uncond.safetensors holds text bfloat16 [2, 4], but the conditions of the examples are text bfloat16 [3, 4]"
+    )
+    refused(message, write, tmp_path / "set", examples(1), {"text": np.zeros((2, 4), jnp.bfloat16)})
+    message = "uncond.safetensors holds nothing, but the conditions of the examples are text bfloat16 [3, 4]"
+    refused(message, write, tmp_path / "set", examples(1), {})
+    assert names(tmp_path) == []
+
+
+def test_a_folder_with_anything_in_it_is_not_written_to(tmp_path):
+    (tmp_path / "note").write_text("mine")
+    message = f"{tmp_path} is there and not an empty folder: choose another"
+    refused(message, write, tmp_path, examples(1), UNCOND)
+    message = f"{tmp_path / 'note'} is there and not an empty folder: choose another"
+    refused(message, write, tmp_path / "note", examples(1), UNCOND)
+    refused("shard_bytes 0 must be at least 1", write, tmp_path / "set", [], UNCOND, shard_bytes=0)
+    refused("/ is a mount point, which cannot be renamed to: choose a folder in it", write, "/", [], UNCOND)
+    assert names(tmp_path) == ["note"]
+
+
+def test_an_error_of_the_stream_of_examples_comes_through_and_nothing_is_left(tmp_path):
+    def stream():
+        yield from examples(5)
+        raise RuntimeError("the encoder is out of memory")
+
+    refused("the encoder is out of memory", write, tmp_path / "set", stream(), UNCOND, error=RuntimeError)
+    assert names(tmp_path) == []
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, path, options):
+            self.write = self.close = lambda *_: (_ for _ in ()).throw(RuntimeError("No space left on device"))
+
+    monkeypatch.setattr("rcm_jax.data.latents.ArrayRecordWriter", Full)
+    message = f"cannot write {tmp_path}/.set.{os.getpid()}/0: No space left on device"
+    refused(message, write, tmp_path / "set", examples(1), UNCOND, error=OSError)
+    assert names(tmp_path) == []
+
+
+def test_folders_that_are_not_whole_are_refused(tmp_path):
+    message = f"{tmp_path}/set is no folder: latents are read from one that rcm_jax.data.latents.write made"
+    refused(message, load, tmp_path / "set")
+    refused(f"{tmp_path} has no files latents-00000-of-0000N.array_record", load, tmp_path)
+    folder = written(tmp_path / "set", n=30)
+    (folder / "uncond.safetensors").rename(tmp_path / "uncond.safetensors")
+    message = f"{folder} has no uncond.safetensors: the condition of guidance, with the names of the conditions"
+    refused(message, load, folder)
+    for i in (1, 3):
+        (folder / f"latents-0000{i}-of-00008.array_record").unlink()
+    refused(f"{folder} has 6 of 8 files of latents; missing: 1, 3", load, folder)
+    (folder / "latents-00000-of-00002.array_record").touch()
+    refused(f"{folder} mixes latents of 2 and of 8 files: keep one set", load, folder)
+
+
+def test_a_set_without_examples_is_refused(tmp_path):
+    ArrayRecordWriter(str(tmp_path / "latents-00000-of-00001.array_record"), "group_size:1").close()
+    refused(f"{tmp_path} holds no example: its 1 files are empty", load, tmp_path)
+
+
+def test_data_of_another_shape_than_the_config_are_refused(tmp_path):
+    folder = written(tmp_path / "set")
+    message = f"{folder}: x0 is [2, 3, 4, 5] there, but the config's shape is [2, 3, 4, 6]"
+    refused(message, load, folder, (2, 3, 4, 6))
+
+
+def test_an_uncond_that_was_exchanged_is_checked_on_loading(tmp_path):
+    path = written(tmp_path / "set") / "uncond.safetensors"
+    safetensors.numpy.save_file({"prompt": np.zeros(2, np.float32)}, path)
+    message = f"{path} holds prompt float32 [2], but the conditions of the examples are text bfloat16 [3, 4]"
+    refused(message, load, tmp_path / "set")
+    safetensors.numpy.save_file({"text": np.zeros(2)}, path)
+    refused(f"{path}: text is F64; tensors must be F32, F16, BF16, I32", load, tmp_path / "set")
+    path.write_bytes(b"{}")
+    with pytest.raises(ValueError, match=f"^{path} is not in safetensors: .*header"):
+        load(tmp_path / "set")
+
+
+def test_a_record_unlike_the_first_is_told_when_it_is_read(tmp_path):
+    folder = written(tmp_path / "set")
+    path = folder / "latents-00001-of-00003.array_record"
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    records = [example(4), example(5) | {"x0": np.zeros(3, np.float32)}]
+    for record in records:
+        writer.write(safetensors.numpy.save(record))
+    writer.write(b"no tensors at all")
+    writer.close()
+    source = load(folder).train
+    assert source[np.array([4])]["cond"]["text"][0, 0, 0] == 4
+    message = (
+        f"{path}: record 1 (example 5) holds text bfloat16 [3, 4], x0 float32 [3]; "
+        "the first record holds text bfloat16 [3, 4], x0 bfloat16 [2, 3, 4, 5]"
+    )
+    refused(message, source.__getitem__, np.array([0, 5]))
+    with pytest.raises(ValueError, match=rf"^{path}: record 2 \(example 6\) is not in safetensors: "):
+        source[np.array([6])]
+    with pytest.raises(ValueError, match=rf"^{path}: record . \(example .\) "):
+        rows(batches(source, 4, seed=0), 3)  # from a reading thread as well
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "other bytes"])
+def test_a_file_that_is_no_array_record_is_named(tmp_path, damage):
+    path = written(tmp_path / "set") / "latents-00002-of-00003.array_record"
+    whole = path.read_bytes()
+    path.write_bytes({"cut short": whole[: len(whole) // 2], "empty": b"", "other bytes": b"?" * len(whole)}[damage])
+    with pytest.raises(ValueError, match=f"^{path} is damaged or no array_record file: "):
+        load(tmp_path / "set")
+
+
+def test_a_record_with_flipped_bits_is_named_when_it_is_read(tmp_path):
+    path = written(tmp_path / "set") / "latents-00001-of-00003.array_record"
+    damaged = bytearray(path.read_bytes())
+    at = damaged.index(example(6)["x0"].tobytes())
+    damaged[at + 5] ^= 0x10
+    path.write_bytes(damaged)
+    source = load(tmp_path / "set").train
+    assert source[np.array([5])]["cond"]["text"][0, 0, 0] == 5
+    with pytest.raises(ValueError, match=rf"^{path}: record 2 \(example 6\) cannot be read: .*hash mismatch"):
+        source[np.array([6])]
+
+
+def test_configs_that_name_nothing_are_refused():
+    refused("path is empty: it must name a folder of latents", LatentsConfig, "", SHAPE)
+    refused("shape must be the sizes of x0, [t, h, w, c], got []", LatentsConfig, "set", ())
+    refused("shape must be the sizes of x0, [t, h, w, c], got [2, 0]", LatentsConfig, "set", (2, 0))
