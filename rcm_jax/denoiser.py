@@ -64,3 +64,17 @@ def guided(F: Velocity, guidance: float) -> Velocity:
         return F_u + guidance * (F_c - F_u)
 
     return velocity
+
+
+def by_noise_level(high: Velocity, low: Velocity, boundary: float) -> Velocity:
+    """Two experts (Wan2.2): high answers at rectified-flow times tau >= boundary, low below; params = (high's, low's).
+
+    One of the two runs, chosen by the first time of the batch: the times of a call must all be equal, as those of a
+    sampler's step are. boundary in [0, 1]: 0.9 for image to video.
+    """
+
+    def velocity(params, x, t, cond):
+        noisy = trigflow.rectified_flow_time(t[0]) >= boundary
+        return jax.lax.cond(noisy, lambda: high(params[0], x, t, cond), lambda: low(params[1], x, t, cond))
+
+    return velocity
