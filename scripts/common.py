@@ -1,10 +1,11 @@
 """What the scripts share: flags, configs from files, errors in one line."""
 
+import math
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -42,6 +43,13 @@ def fail(error) -> None:
     """One line on stderr and exit status 2."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def tally(tensors: Mapping) -> tuple[int, int, str]:
+    """(numbers, bytes, dtypes) of {name: tensor}."""
+    counts = [math.prod(tensor.shape) for tensor in tensors.values()]
+    size = sum(count * tensor.dtype.itemsize for count, tensor in zip(counts, tensors.values(), strict=True))
+    return sum(counts), size, "/".join(sorted({str(tensor.dtype) for tensor in tensors.values()}))
 
 
 def bytes_bar(label: str, size: int) -> tqdm:

@@ -6,7 +6,6 @@ of diffusers; which one is seen by the names. DIR becomes a workdir that config.
 
 import common  # noqa: I001  (puts the checkout on the path)
 import dataclasses
-import math
 import pathlib
 
 import jax.numpy as jnp
@@ -33,14 +32,12 @@ def main():
         tensors = convert.under_prefix(tensors, PREFIX.value)
     layout = convert.recognise(kind, tensors, config)
     dtype = None if DTYPE.value == "keep" else jnp.dtype(DTYPE.value)
-    count = sum(math.prod(tensor.shape) for tensor in tensors.values())
-    held = "/".join(sorted({str(tensor.dtype) for tensor in tensors.values()}))
+    count, size, held = common.tally(tensors)
     print(f"{SRC.value}: {MODEL.value} in the layout {layout!r}, {len(tensors)} tensors, {count:,} parameters, {held}")
     print(f"{DST.value}: to be a workdir of its parameters in {dtype or held}")
     if DRY_RUN.value:
         print("dry run: all names and shapes fit; nothing was written")
         return
-    size = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
     with common.bytes_bar("reading", size) as bar:
         params = convert.from_reference(kind, tensors, config, dtype=dtype, progress=bar.update)
     print("writing")

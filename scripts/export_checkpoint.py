@@ -9,11 +9,12 @@ import json
 import math
 
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
 from rcm_jax import checkpoint, convert, experiment
-from rcm_jax.convert.files import LazyTensor, write_tensors
+from rcm_jax.convert.files import write_tensors
+from rcm_jax.convert.lazy import LazyTensor
+from rcm_jax.convert.table import cast
 from rcm_jax.files import check_new_folder
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir of scripts/train.py or convert_checkpoint.py.")
@@ -39,9 +40,8 @@ def main():
     params, step = checkpoint.restore_params(CHECKPOINT.value, ITEM.value, STEP.value)
     tensors = convert.to_reference(kind, params, run.model, LAYOUT.value)
     if DTYPE.value != "keep":
-        tensors = {name: as_dtype(tensor, jnp.dtype(DTYPE.value)) for name, tensor in tensors.items()}
-    size = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
-    held = "/".join(sorted({str(tensor.dtype) for tensor in tensors.values()}))
+        tensors = {name: as_dtype(name, tensor, jnp.dtype(DTYPE.value)) for name, tensor in tensors.items()}
+    _, size, held = common.tally(tensors)
     print(f"{CHECKPOINT.value}: {ITEM.value} of step {step}, {len(tensors)} tensors, {size / 1e9:.2f} GB in {held}")
     print(f"{DST.value}: to be {kind} in the layout {LAYOUT.value!r}")
     if DRY_RUN.value:
@@ -60,9 +60,9 @@ def main():
     print(f"{DST.value}: {', '.join(names)}")
 
 
-def as_dtype(tensor, dtype) -> LazyTensor:
+def as_dtype(name, tensor, dtype) -> LazyTensor:
     """The tensor in another dtype, made when it is written."""
-    return LazyTensor(tensor.shape, np.dtype(dtype), lambda: tensor.astype(dtype))
+    return LazyTensor(tensor.shape, dtype, lambda: cast(tensor, dtype, name))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 Nothing here knows a network. Opening reads headers; a tensor is read when `np.asarray` asks for it.
 """
 
-import dataclasses
 import functools
 import json
 import math
@@ -16,6 +15,8 @@ import ml_dtypes  # also teaches numpy the name "bfloat16", by which safetensors
 import numpy as np
 import safetensors
 
+from rcm_jax.convert.lazy import LazyTensor
+from rcm_jax.convert.torch_file import open_torch_file
 from rcm_jax.files import new_folder
 
 INDEX = ".safetensors.index.json"
@@ -40,21 +41,6 @@ MOST_HEADER = 100_000_008  # bytes, by the format
 NOTHING: Mapping[str, str] = types.MappingProxyType({})
 
 
-@dataclasses.dataclass(frozen=True)
-class LazyTensor:
-    """A tensor still in its file: `np.asarray` reads it, anew each time. It stands in for an array in mappings."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray] = dataclasses.field(repr=False)
-
-    def __array__(self, dtype=None, copy=None):
-        if copy is False:
-            raise ValueError("a tensor in a file cannot be an array without being read; leave copy=False out")
-        array = self.read()
-        return array if dtype is None else array.astype(dtype, copy=False)
-
-
 def open_tensors(path: str | os.PathLike) -> dict[str, LazyTensor]:
     """{name: tensor} of a .safetensors, .pth or .pt file, of a *.safetensors.index.json, or of a folder with one.
 
@@ -70,9 +56,7 @@ def open_tensors(path: str | os.PathLike) -> dict[str, LazyTensor]:
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix in TORCH:
-        from rcm_jax.convert import torch_file  # here, because it needs LazyTensor
-
-        return torch_file.open_torch_file(path)
+        return open_torch_file(path)
     raise ValueError(f"{path} is no checkpoint by its name: it must end in .safetensors, {INDEX}, {' or '.join(TORCH)}")
 
 

@@ -77,6 +77,8 @@ def entries_of_rules(rules: Iterable[Rule], shapes: Mapping[str, tuple]) -> dict
             entries |= {rule.theirs.format(i): Entry(rule, i, theirs) for i in range(shape[0])}
         else:
             entries[rule.theirs] = Entry(rule, None, rule.form.shape(shape))
+    if len(entries) != sum(shapes[rule.ours][0] if "{}" in rule.theirs else 1 for rule in rules):
+        raise ValueError("the conversion table gives one name to two tensors")
     return entries
 
 
@@ -160,10 +162,21 @@ def read_arrays(tensors: Mapping, entries: Mapping[str, Entry], shapes, dtype=No
         if rule.ours not in arrays:
             arrays[rule.ours] = np.empty(shape, dtype or _common_dtype(tensors, entries, rule))
         place = arrays[rule.ours] if layer is None else arrays[rule.ours][layer]
-        place[...] = rule.form.to_ours(theirs, place.shape)
+        place[...] = cast(rule.form.to_ours(theirs, place.shape), place.dtype, name)
         progress(theirs.nbytes)
         del theirs  # before the next is read
     return arrays
+
+
+def cast(array: np.ndarray, dtype, name: str) -> np.ndarray:
+    """The array in that dtype; ValueError if a finite value is not finite there (float16 ends at 65,504)."""
+    with np.errstate(over="ignore"):
+        narrow = array.astype(dtype, copy=False)
+    if np.dtype(dtype) == np.float16 and array.dtype != np.float16:
+        lost = int(np.sum(np.isfinite(array) & ~np.isfinite(narrow)))
+        if lost:
+            raise ValueError(f"{name}: {lost} of {array.size} values are too large for float16; take bfloat16")
+    return narrow
 
 
 def _common_dtype(tensors, entries, rule) -> np.dtype:

@@ -20,7 +20,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 
-from rcm_jax.convert.files import LazyTensor
+from rcm_jax.convert.lazy import LazyTensor
 
 STORAGES = {
     "FloatStorage": np.dtype("float32"),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rcm_jax.convert.files import DTYPES, LazyTensor, open_tensors, write_tensors
+from rcm_jax.convert.files import DTYPES, open_tensors, write_tensors
+from rcm_jax.convert.lazy import LazyTensor
 
 
 def tensors():
