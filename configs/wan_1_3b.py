@@ -1,4 +1,4 @@
-"""Wan2.1 1.3B text to video, 832×480, 77 frames, distilled to 1 to 4 steps with the settings of the rCM paper.
+"""Wan2.1 1.3B text to video, 832×480, 77 frames, distilled to 1 to 4 steps with the settings of the real runs.
 
 python scripts/convert_checkpoint.py --model=wan-1.3b --src=Wan2.1-T2V-1.3B --dst=wan-1.3b
 python scripts/train.py --config=configs/wan_1_3b.py --config.teacher=wan-1.3b --config.data.path=LATENTS --workdir=DIR
@@ -17,12 +17,18 @@ from rcm_jax.models.wan import PUBLISHED
 TINY = dict(dim=24, ffn_dim=32, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=8, text_len=6, freq_dim=16)
 
 
+def model(name: str) -> dict:
+    """The sizes of a published network; how it is computed."""
+    sizes = {key: value for key, value in dataclasses.asdict(PUBLISHED[name]).items() if value is not None}
+    return sizes | dict(kind="wan", dtype="bfloat16", time_dtype="float32", remat="full")
+
+
 def get_config(variant: str = "") -> ConfigDict:
     """All keys; change any from the command line, e.g. --config.train.batch_size=64."""
     config = ConfigDict()
     config.seed = 0
     config.data = dict(kind="latents", path="", shape=(20, 60, 104, 16))
-    config.model = dict(dataclasses.asdict(PUBLISHED["wan-1.3b"]), kind="wan", dtype="bfloat16", remat="full")
+    config.model = model("wan-1.3b")
     config.parametrization = "rectified_flow"
     config.time_scale = 1000.0
     config.mesh = dict(data=1, fsdp=-1, seq=1)
@@ -44,12 +50,13 @@ def get_config(variant: str = "") -> ConfigDict:
         max_rollout=4,
         student=dict(adamw, learning_rate=2e-6),
         fake_score=dict(adamw, learning_rate=4e-7),
-        ema_std=0.05,
+        ema_std=0.05,  # the paper; the official code's default is 0.1
     )
     config.train = dict(
         steps=10_000, batch_size=256, log_every=10, checkpoint_every=500, sample_every=500, keep=2, wandb=False
     )
     config.sampling = dict(
+        # The official code; the paper samples from sigma_max 1600 by 1.3, 1.0, 0.6.
         sigma_max=80.0,
         mid_times=((), (1.5,), (1.5, 1.4), (1.5, 1.4, 1.0)),  # of 1, 2, 3 and 4 steps
         teacher_shift=5.0,

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from rcm_jax.config import flatten
-from rcm_jax.files import new_folder, write_text
+from rcm_jax.files import check_local, new_folder, write_text
 from rcm_jax.train_state import TrainState
 
 CHUNK_BYTES = 2**28  # of converted arrays on disk: a host that needs a part of one reads little more than that
@@ -33,8 +33,7 @@ MAY_CHANGE = (
 def claim_workdir(workdir, values: dict) -> None:
     """Write config.json into a workdir; ValueError if it is there, of another config in more than MAY_CHANGE."""
     workdir = pathlib.Path(workdir)
-    if workdir.parts and workdir.parts[0].endswith(":"):
-        raise ValueError(f"workdir {workdir}: only folders of this machine's file systems can be workdirs so far")
+    check_local(workdir)
     path = workdir / "config.json"
     if path.exists():
         there, here = flatten(read_config(workdir)), flatten(values)
@@ -120,21 +119,27 @@ def write_params(workdir, values: dict, params) -> None:
         write_text(folder / "config.json", json.dumps(values, indent=1) + "\n")
 
 
-def restore_params(workdir, name: str, step: int | None = None):
-    """(parameters on the CPU in the dtypes they have, step) of "ema", "student" or "fake_score"; ValueError if none."""
+def params_of(workdir, name: str, step: int | None = None):
+    """(shapes and dtypes of the parameters, step) of "ema", "student" or "fake_score"; ValueError if there is none."""
     with _manager_of(workdir, step) as (manager, step):
         folder = manager.directory / str(step)
     there = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if name not in there:
         raise ValueError(f"the checkpoint of step {step} in {workdir} has no {name}; it has {', '.join(there)}")
+    tree = ocp.PyTreeCheckpointHandler().metadata(folder / name).tree
+    tree = tree if name == "ema" else tree["params"]  # of a learner
     cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    handler = ocp.PyTreeCheckpointHandler()
-    tree = handler.metadata(folder / name).tree
-    tree = tree if name == "ema" else {"params": tree["params"]}  # of a learner, the parameters alone
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cpu), tree)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cpu), tree), step
+
+
+def restore_params(workdir, name: str, step: int | None = None):
+    """What `params_of` tells of, in the memory of the CPU."""
+    abstract, step = params_of(workdir, name, step)
+    abstract = abstract if name == "ema" else {"params": abstract}
+    folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step)
     restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
     partial = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
-    restored = handler.restore(folder / name, args=partial)
+    restored = ocp.PyTreeCheckpointHandler().restore(folder / name, args=partial)
     return (restored if name == "ema" else restored["params"]), step
 
 

@@ -46,10 +46,18 @@ def denoise(F: Velocity, params, x, t, cond):
     return trigflow.denoise(x, F(params, x, t, cond), t)
 
 
+def without(cond: dict, uncond: dict) -> dict:
+    """The conditions of guidance's second call: cond [b, ...] with those that uncond has (without b) in their place.
+
+    What uncond lacks stays as it is: the first frame of image to video, where the text alone is guided.
+    """
+    return cond | {name: jnp.broadcast_to(u, cond[name].shape).astype(cond[name].dtype) for name, u in uncond.items()}
+
+
 def guided(F: Velocity, guidance: float) -> Velocity:
     """Classifier-free guidance F_u + w·(F_c − F_u) in one batched call of 2b.
 
-    The returned velocity takes cond = (cond, uncond): uncond has the leaves of cond without the batch axis.
+    The returned velocity takes cond = (cond, uncond), see `without`.
     w = 1 is the conditional network alone, at no extra cost. (Cosmos' own sampler counts w from 0: its w is ours − 1.)
     """
     if guidance == 1.0:
@@ -57,9 +65,7 @@ def guided(F: Velocity, guidance: float) -> Velocity:
 
     def velocity(params, x, t, conds):
         cond, uncond = conds
-        both = jax.tree.map(
-            lambda c, u: jnp.concatenate([c, jnp.broadcast_to(u, c.shape).astype(c.dtype)]), cond, uncond
-        )
+        both = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, without(cond, uncond))
         F_c, F_u = jnp.split(F(params, jnp.concatenate([x, x]), jnp.concatenate([t, t]), both), 2)
         return F_u + guidance * (F_c - F_u)
 

@@ -163,8 +163,8 @@ def make_network(run: Pretraining, dataset: Dataset) -> Network:
     module = NETWORKS[type(run.model)](run.model)
 
     def init(key):
-        one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], dataset.uncond)
-        return module.init(key, jnp.zeros((1, *dataset.sample_shape)), jnp.zeros(1), **one)["params"]
+        one = dataset.first
+        return module.init(key, jnp.asarray(one["x0"]), jnp.zeros(1), **one["cond"])["params"]
 
     def net(params, x, time, cond):
         return module.apply({"params": params}, x, time, **cond)

@@ -4,6 +4,8 @@ import contextlib
 import os
 import pathlib
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 
 
@@ -24,13 +26,24 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def check_local(path: str | os.PathLike) -> None:
+    """ValueError for an object store, where nothing can be written so far."""
+    path = pathlib.Path(path)
+    if path.parts and path.parts[0].endswith(":"):
+        raise ValueError(f"{path}: only folders of this machine's file systems can be written so far")
+
+
 def check_new_folder(path: str | os.PathLike) -> None:
     """ValueError unless `path` does not exist or is an empty folder, and can be renamed to."""
+    check_local(path)
     path = pathlib.Path(path).resolve()
     if os.path.ismount(path):
         raise ValueError(f"{path} is a mount point, which cannot be renamed to: choose a folder in it")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} is there and not an empty folder: choose another")
+    parent = next(parent for parent in path.parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise ValueError(f"{path} cannot be made: {parent} is no folder that can be written to")
 
 
 @contextlib.contextmanager
@@ -38,10 +51,27 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A temporary folder beside `path` to fill; at the end it is renamed to `path`, on any failure it is removed."""
     check_new_folder(path)
     path = pathlib.Path(path).resolve()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary.chmod(0o777 & ~_umask())
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.exists():
+            _remove(temporary)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Removes a folder for good: threads of an interrupted writer may fill it again for a moment."""
+    deadline, quiet = time.monotonic() + 60, 0
+    while quiet < 5 and time.monotonic() < deadline:
+        quiet = 0 if folder.exists() else quiet + 1
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)

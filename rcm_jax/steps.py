@@ -132,7 +132,8 @@ def diffusion_step(config, F, optimizer, uncond, state: TrainState, teacher: Non
     t = config.time.sample(keys["time"], x0.shape[:1])
     eps = jax.random.normal(keys["noise"], x0.shape)
     drop = jax.random.bernoulli(keys["drop"], config.drop_condition, x0.shape[:1])
-    cond = jax.tree.map(lambda c, u: jnp.where(trigflow.expand(drop, c), u, c), batch["cond"], uncond)
+    cond = batch["cond"]
+    cond = jax.tree.map(lambda c, u: jnp.where(trigflow.expand(drop, c), u, c), cond, denoiser.without(cond, uncond))
 
     def loss(params):
         loss_b, metrics = losses.diffusion(F(params, trigflow.diffuse(x0, eps, t), t, cond), x0, eps, t)

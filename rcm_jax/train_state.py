@@ -42,7 +42,7 @@ class TrainState:
 class Teacher:
     """The frozen side of distillation: never donated, never checkpointed.
 
-    `uncond` has the leaves of a condition without the batch axis (null class, negative prompt).
+    `uncond` has conditions without the batch axis (null class, negative prompt): those that guidance replaces.
     """
 
     params: Any

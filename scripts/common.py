@@ -4,6 +4,7 @@ import math
 import os
 import pathlib
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping
 
@@ -14,15 +15,22 @@ from tqdm import tqdm
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # run from a checkout without installing
 
 
+NO_TYPE = "a config key that is None in its file cannot be set from the command line: edit the file"
+
+
 def run(main: Callable[[], None]) -> None:
     """Parse flags, run main; what the user can mend (flags, config, files) ends as one line and exit status 2."""
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)  # the libraries' running commentary
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as tidily as on Ctrl-C
         try:
             if len(argv) > 1:
                 raise ValueError(f"unknown argument {argv[1]!r}: flags look like --name=value")
             main()
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            raise SystemExit(130) from None
         except (ValueError, OSError) as error:
             if os.environ.get("RCM_TRACEBACK"):
                 raise
@@ -31,9 +39,11 @@ def run(main: Callable[[], None]) -> None:
     def parse(argv):
         try:
             return flags.FLAGS(argv)
+        except TypeError as error:
+            fail(NO_TYPE if "NoneType" in str(error) else error)
         except (AttributeError, KeyError) as error:  # an override of a key that the config lacks
             fail("unknown config key: " + re.sub(r"\\n|[\\'\"]", " ", str(error.args[0])))
-        except (flags.Error, TypeError, ValueError, OSError) as error:
+        except (flags.Error, ValueError, OSError) as error:
             fail(error)
 
     app.run(guarded, flags_parser=parse)

@@ -8,6 +8,7 @@ import common  # noqa: I001  (puts the checkout on the path)
 import dataclasses
 import pathlib
 
+import jax
 import jax.numpy as jnp
 from absl import flags, logging
 
@@ -25,6 +26,7 @@ flags.mark_flags_as_required(["model", "src", "dst"])
 
 
 def main():
+    jax.config.update("jax_platforms", "cpu")  # leave accelerators to whoever trains on them
     kind, config = convert.named(MODEL.value)
     check_new_folder(DST.value)
     tensors = open_tensors(pathlib.Path(SRC.value))
@@ -35,6 +37,8 @@ def main():
     count, size, held = common.tally(tensors)
     print(f"{SRC.value}: {MODEL.value} in the layout {layout!r}, {len(tensors)} tensors, {count:,} parameters, {held}")
     print(f"{DST.value}: to be a workdir of its parameters in {dtype or held}")
+    if dtype and any(tensor.dtype.itemsize > dtype.itemsize for tensor in tensors.values()):
+        print(f"a student will start from weights rounded to {dtype}; config.teacher_dtype narrows the teacher alone")
     if DRY_RUN.value:
         print("dry run: all names and shapes fit; nothing was written")
         return

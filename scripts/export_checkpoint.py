@@ -8,6 +8,7 @@ import common  # noqa: I001  (puts the checkout on the path)
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 from absl import flags
 
@@ -22,7 +23,9 @@ ITEM = flags.DEFINE_enum("item", "ema", ["ema", "student", "fake_score"], "Which
 STEP = flags.DEFINE_integer("checkpoint_step", None, "Training step of the checkpoint; the newest if not given.")
 LAYOUT = flags.DEFINE_string("layout", "diffusers", "official, rcm or diffusers.")
 DST = flags.DEFINE_string("dst", None, "The folder to make: new or empty.")
-DTYPE = flags.DEFINE_enum("dtype", "keep", ["keep", *convert.DTYPES], "Of the tensors that are written.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", "keep", ["keep", *convert.DTYPES], "Of what is written; modulation, time embedding and norms stay wide."
+)
 SHARD_GB = flags.DEFINE_float(
     "shard_gb", None, "Most of one file, in 10⁹ bytes; by default 10 for diffusers, else all."
 )
@@ -31,37 +34,44 @@ flags.mark_flags_as_required(["checkpoint", "dst"])
 
 
 def main():
+    jax.config.update("jax_platforms", "cpu")  # leave accelerators to whoever trains on them
     values = checkpoint.read_config(CHECKPOINT.value)
     run = experiment.from_mapping(values)
     kind = values["model"]["kind"]
     if kind not in convert.MODELS:
         raise ValueError(f"{CHECKPOINT.value} holds a {kind}; what can be exported is {', '.join(convert.MODELS)}")
+    convert.check_layout(kind, run.model, LAYOUT.value)
+    if SHARD_GB.value is not None and SHARD_GB.value <= 0:
+        raise ValueError(f"--shard_gb={SHARD_GB.value} must be above 0")
     check_new_folder(DST.value)
-    params, step = checkpoint.restore_params(CHECKPOINT.value, ITEM.value, STEP.value)
-    tensors = convert.to_reference(kind, params, run.model, LAYOUT.value)
-    if DTYPE.value != "keep":
-        tensors = {name: as_dtype(name, tensor, jnp.dtype(DTYPE.value)) for name, tensor in tensors.items()}
-    _, size, held = common.tally(tensors)
-    print(f"{CHECKPOINT.value}: {ITEM.value} of step {step}, {len(tensors)} tensors, {size / 1e9:.2f} GB in {held}")
-    print(f"{DST.value}: to be {kind} in the layout {LAYOUT.value!r}")
+    abstract, step = checkpoint.params_of(CHECKPOINT.value, ITEM.value, STEP.value)
+    count, _, held = common.tally(dict(enumerate(jax.tree.leaves(abstract))))
+    dtype = held if DTYPE.value == "keep" else DTYPE.value
+    print(f"{CHECKPOINT.value}: {ITEM.value} of step {step}, {count:,} parameters in {held}")
+    print(f"{DST.value}: to be {kind} in the layout {LAYOUT.value!r} in {dtype}")
     if DRY_RUN.value:
         print("dry run: nothing was written")
         return
-    limit = SHARD_GB.value or (10 if LAYOUT.value == "diffusers" else math.inf)
-    with common.bytes_bar("writing", size) as bar:
+    params, _ = checkpoint.restore_params(CHECKPOINT.value, ITEM.value, step)
+    tensors = convert.to_reference(kind, params, run.model, LAYOUT.value)
+    if DTYPE.value != "keep":
+        tensors = {name: narrowed(kind, name, tensor, jnp.dtype(DTYPE.value)) for name, tensor in tensors.items()}
+    described = convert.MODELS[kind].described(run.model, LAYOUT.value)
+    with common.bytes_bar("writing", common.tally(tensors)[1]) as bar:
         names = write_tensors(
             DST.value,
             tensors,
-            stem="diffusion_pytorch_model",
-            shard_bytes=limit * 1e9,
-            extra_files={"config.json": json.dumps(convert.MODELS[kind].described(run.model, LAYOUT.value), indent=2)},
+            shard_bytes=1e9 * (SHARD_GB.value or (10 if LAYOUT.value == "diffusers" else math.inf)),
+            extra_files={"config.json": json.dumps(described, indent=2) + "\n"} if described else {},
             progress=bar.update,
         )
     print(f"{DST.value}: {', '.join(names)}")
 
 
-def as_dtype(name, tensor, dtype) -> LazyTensor:
-    """The tensor in another dtype, made when it is written."""
+def narrowed(kind, name, tensor, dtype):
+    """The tensor in another dtype, made when it is written; those that should stay wide as they are."""
+    if any(part in name for part in convert.MODELS[kind].wide) and tensor.dtype.itemsize > dtype.itemsize:
+        return tensor
     return LazyTensor(tensor.shape, dtype, lambda: cast(tensor, dtype, name))
 
 

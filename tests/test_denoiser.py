@@ -101,6 +101,17 @@ def test_guidance_1_is_the_conditional_network_in_one_call_of_the_batch_alone():
     np.testing.assert_array_equal(guided, F(None, X, T, COND))
 
 
+def test_guidance_leaves_alone_what_uncond_lacks():
+    """Image to video: the first frame of every sample stays its own."""
+
+    def F(params, x, t, cond):
+        return cond["text"] + cond["y"]
+
+    text, y = jnp.array([1.0, 2.0]), jnp.array([10.0, 100.0])
+    guided = denoiser.guided(F, 5.0)(None, jnp.zeros(2), jnp.ones(2), ({"text": text, "y": y}, {"text": np.zeros(())}))
+    np.testing.assert_allclose(guided, 5 * text + y)
+
+
 def test_guidance_keeps_the_dtype_of_the_condition():
     seen = []
 

@@ -163,7 +163,7 @@ def make_network():
         seed=0, data=DigitsConfig(), model=MODEL, parametrization="trigflow", time_scale=1.0, pretrain=None,
         sampling=None, mesh=MeshConfig(),
     )  # fmt: skip
-    examples = {"x0": np.zeros((1, *SHAPE), np.float32)}
+    examples = arrays(1)
     return experiment.make_network(run, Dataset(examples, examples, UNCOND, CLASSES, to_image=None))
 
 

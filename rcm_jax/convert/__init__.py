@@ -21,6 +21,7 @@ class Model(NamedTuple):
     layouts: Callable[[Any], dict[str, list[table.Rule]]]
     shapes: Callable[[Any], dict[str, tuple]]  # of our parameters, by path
     described: Callable[[Any, str], dict]  # (config, layout) -> what config.json says there
+    wide: tuple[str, ...]  # parts of names of tensors that an export does not narrow
     generator: dict[str, Any]  # what the published networks predict, as an experiment says it
 
 
@@ -30,6 +31,7 @@ MODELS = {
         wan.layouts,
         wan.shapes,
         wan.described,
+        wan.WIDE,
         {"parametrization": "rectified_flow", "time_scale": 1000.0},
     )
 }
@@ -55,6 +57,7 @@ def named(name: str) -> tuple[str, Any]:
 
 def under_prefix(tensors: Mapping, prefix: str) -> dict:
     """The tensors whose names begin with the prefix, without it; ValueError if there is none."""
+    prefix = prefix if prefix.endswith(".") else f"{prefix}."
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     if not found:
         raise ValueError(f"of {len(tensors)} tensors none begins with {prefix!r}; the first is {next(iter(tensors))}")
@@ -65,6 +68,13 @@ def entries(name: str, config) -> dict[str, dict[str, table.Entry]]:
     """{layout: {tensor name: entry}} of a model of that config; nothing is allocated."""
     shapes = MODELS[name].shapes(config)
     return {layout: table.entries_of_rules(rules, shapes) for layout, rules in MODELS[name].layouts(config).items()}
+
+
+def check_layout(name: str, config, layout: str) -> None:
+    """ValueError for a layout that the model does not have."""
+    known = MODELS[name].layouts(config)
+    if layout not in known:
+        raise ValueError(f"layout {layout!r} is none of {', '.join(known)}")
 
 
 def recognise(name: str, tensors: Mapping, config) -> str:
@@ -98,9 +108,8 @@ def to_reference(name: str, params, config, layout: str) -> dict[str, np.ndarray
 
     Raises ValueError for an unknown layout and for parameters that are not those of the config.
     """
+    check_layout(name, config, layout)
     layouts, shapes = entries(name, config), MODELS[name].shapes(config)
-    if layout not in layouts:
-        raise ValueError(f"layout {layout!r} is none of {', '.join(layouts)}")
     arrays = flatten_dict(params, sep="/")
     wrong = [
         f"{path} is {arrays[path].shape if path in arrays else 'missing'}, must be {shapes.get(path, 'absent')}"

@@ -115,8 +115,15 @@ def shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
     return {path: leaf.value.shape for path, leaf in flatten_dict(boxed, sep="/").items()}
 
 
+# Parts of names of tensors that stay as they are when the rest is written in a narrower dtype: diffusers keeps these in
+# float32 whatever it is asked for, and the tangent needs the time embedding there.
+WIDE = ("time_embed", "modulation", "scale_shift_table", "norm1.", "norm2.", "norm3.")
+
+
 def described(config: WanConfig, layout: str) -> dict:
-    """The config.json that is published beside a layout."""
+    """The config.json that is published beside a layout; nothing for rcm, which has none."""
+    if layout == "rcm":
+        return {}
     if layout == "diffusers":
         return {
             "_class_name": "WanTransformer3DModel",
@@ -137,6 +144,5 @@ def described(config: WanConfig, layout: str) -> dict:
             "rope_max_seq_len": 1024,
             "text_dim": config.text_dim,
         }
-    names = ("model_type", "patch_size", "text_len", "in_dim", "dim", "ffn_dim", "freq_dim", "text_dim", "out_dim")
-    names += ("num_heads", "num_layers", "eps")
-    return {"_class_name": "WanModel"} | {name: getattr(config, name) for name in names}
+    names = ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "model_type", "num_heads", "num_layers", "out_dim")
+    return {"_class_name": "WanModel", "text_len": config.text_len} | {name: getattr(config, name) for name in names}

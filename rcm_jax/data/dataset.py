@@ -18,13 +18,18 @@ class Dataset:
 
     train: Any
     test: Any | None
-    uncond: Any  # a condition without the leading axis: null class, negative prompt
+    uncond: Any  # the conditions that guidance replaces, without the leading axis: null class, negative prompt
     num_classes: int | None  # None: not of classes
     to_image: Callable | None  # x0 [n, ...] -> numpy images in [0, 1]; None: it takes a decoder
 
     @property
+    def first(self) -> dict:
+        """The first example as a batch of one."""
+        return random_access(self.train)[np.arange(1)]
+
+    @property
     def sample_shape(self) -> tuple[int, ...]:
-        return random_access(self.train)[np.arange(1)]["x0"].shape[1:]
+        return self.first["x0"].shape[1:]
 
 
 class Examples:

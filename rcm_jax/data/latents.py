@@ -2,9 +2,9 @@
 
 A folder holds latents-00000-of-0000N.array_record … and uncond.safetensors. Every record is one example in safetensors:
 x0, the latents [t, h, w, c] of unit variance, and its conditions by name, say text [l, d]; all examples have the same
-names, shapes and dtypes. uncond.safetensors is the condition of guidance, say the negative prompt, in the names, shapes
-and dtypes of the examples' conditions. Records are read when they are asked for; in memory is an index, some 60 bytes
-a record.
+names, shapes and dtypes. uncond.safetensors has the conditions that guidance replaces, say the text of the negative
+prompt, in the names, shapes and dtypes of the examples' conditions. Records are read when they are asked for; in memory
+is an index, some 60 bytes a record.
 """
 
 import bisect
@@ -254,6 +254,7 @@ def _check_x0(spec: Spec, where) -> None:
 
 
 def _check_uncond(uncond, examples: Spec, where) -> None:
-    wanted = {name: kind for name, kind in examples.items() if name != "x0"}
-    if (spec := _spec(uncond)) != wanted:
-        raise ValueError(f"{where} holds {_show(spec)}, but the conditions of the examples are {_show(wanted)}")
+    known = {name: kind for name, kind in examples.items() if name != "x0"}
+    spec = _spec(uncond)
+    if not spec or not spec.items() <= known.items():
+        raise ValueError(f"{where} holds {_show(spec)}, but the conditions of the examples are {_show(known)}")

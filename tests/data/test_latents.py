@@ -1,7 +1,6 @@
 """Latents on disk: what is written is read, to the bit; bad folders and bad examples are told."""
 
 import itertools
-import os
 import pickle
 import re
 
@@ -184,9 +183,24 @@ def test_the_condition_of_guidance_must_be_like_the_conditions(tmp_path):
         "uncond.safetensors holds text bfloat16 [2, 4], but the conditions of the examples are text bfloat16 [3, 4]"
     )
     refused(message, write, tmp_path / "set", examples(1), {"text": np.zeros((2, 4), jnp.bfloat16)})
+    message = (
+        "uncond.safetensors holds text bfloat16 [3, 4], y bfloat16 [1], but the conditions of the examples are "
+        "text bfloat16 [3, 4]"
+    )
+    refused(message, write, tmp_path / "set", examples(1), UNCOND | {"y": np.zeros(1, jnp.bfloat16)})
     message = "uncond.safetensors holds nothing, but the conditions of the examples are text bfloat16 [3, 4]"
     refused(message, write, tmp_path / "set", examples(1), {})
     assert names(tmp_path) == []
+
+
+def test_guidance_may_replace_some_of_the_conditions(tmp_path):
+    """Image to video: the negative prompt goes with the very image of the sample."""
+    data = [example | {"y": np.full((2, 3), i, np.float16)} for i, example in enumerate(examples(3))]
+    write(tmp_path / "set", data, UNCOND)
+    dataset = load(tmp_path / "set")
+    assert dataset.uncond.keys() == {"text"}
+    assert dataset.first["cond"].keys() == {"text", "y"}
+    assert dataset.first["cond"]["y"].shape == (1, 2, 3)
 
 
 def test_a_folder_with_anything_in_it_is_not_written_to(tmp_path):
@@ -215,8 +229,8 @@ def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
             self.write = self.close = lambda *_: (_ for _ in ()).throw(RuntimeError("No space left on device"))
 
     monkeypatch.setattr("rcm_jax.data.latents.ArrayRecordWriter", Full)
-    message = f"cannot write {tmp_path}/.set.{os.getpid()}/0: No space left on device"
-    refused(message, write, tmp_path / "set", examples(1), UNCOND, error=OSError)
+    with pytest.raises(OSError, match=rf"^cannot write {tmp_path}/\.set\.\w+/0: No space left on device$"):
+        write(tmp_path / "set", examples(1), UNCOND)
     assert names(tmp_path) == []
 
 
