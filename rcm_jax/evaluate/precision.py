@@ -1,0 +1,254 @@
+"""What narrow precision costs in F and in its tangent dF of a Wan network: a picture, a table and, if asked, JSON.
+
+    python -m rcm_jax.evaluate.precision --out=docs/precision.png     # 1.4B parameters: 7 GB, minutes on two cores
+    python -m rcm_jax.evaluate.precision --out=p.png --layers=2 --repeats=1 --smooth=0 --modulation=1
+
+Relative error ‖a − a32‖/‖a32‖ against the same network in float32, at the same weights, x_t, t and F_T; dF as the
+consistency loss forms it, and its parts along x and along t alone. All values are rounded where the program says so.
+
+The weights are initial values, not trained ones, changed in two ways. Sinusoids of the time have frequencies up to 1
+in a time of 0..1000, and an untrained network uses all alike, so its F is another one at every thousandth of tau:
+--smooth=U damps frequency f by exp(−(U·f)²/2), and F varies over some U thousandths. --modulation multiplies the
+layer from time to modulation, whose initial outputs (gates too) are near 0.06: blocks would hardly matter.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import platform
+import resource
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from rcm_jax import denoiser, trigflow
+from rcm_jax.evaluate.report import DPI, GREY, INK, PAPER, RULE, SERIES, WIDTH
+from rcm_jax.evaluate.table import format_table
+from rcm_jax.files import write_text, write_whole
+from rcm_jax.models.wan import PUBLISHED, Wan, WanConfig, init
+
+TAU = 0.02, 0.999  # rectified-flow times between which the study looks
+NARROW = {"dtype": "bfloat16", "time_dtype": "bfloat16"}
+VARIANTS = {  # name → (changes of the config, whether the time itself is rounded to bfloat16)
+    "(a) bfloat16 blocks": ({"dtype": "bfloat16"}, False),
+    "(b) … and time embedding": (NARROW, False),
+    "(c) … and the time itself": (NARROW, True),
+}
+QUANTITIES = "F", "dF", "dF in t", "dF in x"
+SETTINGS = "times", "repeats", "grid", "tokens", "seed", "smooth", "modulation"  # of a study, and flags
+SIZE = 13  # points: a README shows the picture at half its width
+
+
+def study(config: WanConfig, *, times=16, repeats=2, grid=(2, 8, 8), tokens=16, seed=0, smooth=30.0, modulation=8.0):
+    """{"tau" [times], "rms" {quantity: [repeats, times]} in float32, "errors" {variant: {quantity: the same}}}.
+
+    grid: frames, rows and columns of the latents; tokens: of text; smooth, modulation: as the module says.
+    The grid of times is even in log tan t; every repeat has its own x0, noise and text, and moves the grid by a
+    fraction of its spacing, so that the luck of rounding one time evens out. tau is that of the middle of the cells.
+
+    Raises:
+      ValueError: a network that is not text to video, or sizes or factors that make no sense.
+    """
+    if config.model_type != "t2v":
+        raise ValueError(f"the study takes text-to-video networks, not model_type {config.model_type!r}")
+    if min(times, repeats, tokens, *grid) < 1 or tokens > config.text_len:
+        raise ValueError(
+            f"times {times}, repeats {repeats}, grid {grid} and tokens {tokens} must be at least 1, and tokens at most "
+            f"the network's {config.text_len}"
+        )
+    if not (0 <= smooth < math.inf and 0 < modulation < math.inf):
+        raise ValueError(f"smooth {smooth} must be at least 0 and modulation {modulation} above 0, both finite")
+    config = dataclasses.replace(config, dtype="float32", time_dtype="float32")
+    key = jax.random.key(seed)
+    params = weights(config, key, smooth, modulation)
+    edges = np.linspace(*(math.log(tau / (1 - tau)) for tau in TAU), times + 1)
+    rms, found = [], {name: [] for name in VARIANTS}
+    for repeat in range(repeats):
+        logit = edges[:-1] + (repeat + 0.5) / repeats * np.diff(edges)
+        t = jnp.asarray(np.arctan(np.exp(logit)), jnp.float32)
+        x, cond = inputs(config, jax.random.fold_in(key, repeat), t, grid, tokens)
+        F_teacher = _forward(config, params, x, t, cond)
+        exact = measured(config, False, params, x, t, cond, F_teacher)
+        rms.append([_norm(value) / math.sqrt(x[0].size) for value in exact])
+        for name, (changes, rounded) in VARIANTS.items():
+            values = measured(dataclasses.replace(config, **changes), rounded, params, x, t, cond, F_teacher)
+            found[name].append([_norm(a - b) / _norm(b) for a, b in zip(values, exact, strict=True)])
+    middle = (edges[:-1] + edges[1:]) / 2
+    errors = {name: _by_quantity(values) for name, values in found.items()}
+    return {"tau": 1 / (1 + np.exp(-middle)), "rms": _by_quantity(rms), "errors": errors}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(config, key):
+    return nn.meta.unbox(init(config, key))
+
+
+def weights(config: WanConfig, key, smooth: float, modulation: float) -> dict:
+    """Initial float32 parameters, the time embedding changed as the module says."""
+    params = dict(_init(config, key))
+    frequencies = 10_000.0 ** -(np.arange(config.freq_dim // 2) / (config.freq_dim // 2))
+    damping = np.tile(np.exp(-((smooth * frequencies) ** 2) / 2), 2)[:, None].astype(np.float32)  # cosines, sines
+    for layer, factor in (("time_in", damping), ("time_projection", np.float32(modulation))):
+        params[layer] = params[layer] | {"kernel": params[layer]["kernel"] * factor}
+    return params
+
+
+def inputs(config: WanConfig, key, t, grid, tokens: int):
+    """(x_t [b, *grid, c], cond) at times t [b]: x0 smooth in space, of unit variance, plus noise; random text."""
+    keys = jax.random.split(key, 3)
+    shape, coarse = ((len(t), *sizes, config.in_dim) for sizes in (grid, [-(-n // 2) for n in grid]))
+    x0 = jax.image.resize(jax.random.normal(keys[0], coarse), shape, "linear")
+    x = trigflow.diffuse(x0 / jnp.std(x0), jax.random.normal(keys[1], shape), t)
+    return x, {"text": jax.random.normal(keys[2], (len(t), tokens, config.text_dim))}
+
+
+def _velocity(config: WanConfig, rounded: bool) -> denoiser.Velocity:
+    """F of the network; rounded: 1000·tau becomes the nearest bfloat16, and its tangent too, as a cast does it."""
+
+    def net(params, x, time, cond):
+        time = jax.lax.reduce_precision(time, 8, 7) if rounded else time
+        return Wan(config).apply({"params": params}, x, time, **cond)
+
+    return denoiser.from_rectified_flow(net, 1000.0)
+
+
+# XLA may keep more bits than a bfloat16 has where it fuses operations; here every value is rounded.
+_jit = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+
+
+@functools.partial(_jit, static_argnums=0)
+def _forward(config, params, x, t, cond):
+    return _velocity(config, False)(params, x, t, cond)
+
+
+@functools.partial(_jit, static_argnums=(0, 1))
+def measured(config, rounded, params, x, t, cond, F_teacher):
+    """QUANTITIES [4 of b, ...]: F and dF as in losses.scm, and dF with no tangent in x and with none in t."""
+    F = functools.partial(_velocity(config, rounded), params)
+    dt = jnp.cos(t) * jnp.sin(t)
+    dx = trigflow.expand(dt, x) * F_teacher
+    value, dF = jax.jvp(lambda x, t: F(x, t, cond), (x, t), (dx, dt))
+    _, in_t = jax.jvp(lambda t: F(x, t, cond), (t,), (dt,))
+    _, in_x = jax.jvp(lambda x: F(x, t, cond), (x,), (dx,))
+    return value, dF, in_t, in_x
+
+
+def _norm(x) -> np.ndarray:
+    """‖x‖ per sample: [b, ...] -> [b], float64."""
+    return np.linalg.norm(np.asarray(x, np.float64).reshape(len(x), -1), axis=1)
+
+
+def _by_quantity(values) -> dict[str, np.ndarray]:
+    """[repeats][quantities][times] → {quantity: [repeats, times]}."""
+    return dict(zip(QUANTITIES, np.moveaxis(np.asarray(values), 1, 0), strict=True))
+
+
+def _mean_square(values, axis=None):
+    return np.sqrt(np.mean(np.square(values), axis=axis))
+
+
+def summary(result) -> dict[str, dict[str, float]]:
+    """Rows for format_table: root mean square over all times and repeats, and the largest; percent."""
+    kinds = {"": _mean_square, ", worst": np.max}
+    return {
+        name + kind: {quantity: 100 * float(of(values)) for quantity, values in by_quantity.items()}
+        for kind, of in kinds.items()
+        for name, by_quantity in result["errors"].items()
+    }
+
+
+def draw(result, title: str) -> Figure:
+    """Errors of F and of dF over tau: root mean square of the repeats as lines, all of them as a band."""
+    figure = Figure(figsize=(WIDTH / DPI, 5.6), dpi=DPI, facecolor=PAPER, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12, wspace=0.04)
+    figure.suptitle(title, fontsize=15, color=INK, weight="bold", x=0.012, ha="left")
+    titles = {"F": "F, the network's velocity", "dF": "dF, its tangent (jvp along the trajectory)"}
+    for axes, (quantity, heading) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        for color, (name, errors) in zip(SERIES, result["errors"].items(), strict=False):
+            values = errors[quantity]
+            axes.fill_between(result["tau"], values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
+            axes.plot(result["tau"], _mean_square(values, 0), color=color, linewidth=2.4, label=name)
+        axes.set_title(heading, loc="left", fontsize=SIZE, color=INK)
+        axes.set(xscale="logit", yscale="log", xlim=TAU)  # logit tau is log tan t
+        axes.xaxis.set_major_locator(FixedLocator((*TAU, 0.1, 0.5, 0.9, 0.99)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_minor_locator(NullLocator())
+        axes.tick_params(length=0, labelsize=SIZE, labelcolor=GREY, labelleft=True)
+        axes.set_xlabel("rectified-flow time tau (even in log tan t)", fontsize=SIZE, color=GREY)
+        axes.grid(axis="y", color=RULE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(GREY)
+    figure.axes[0].set_ylabel("relative error to float32", fontsize=SIZE, color=GREY)
+    lines, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=3, fontsize=SIZE, labelcolor=INK, frameon=False)
+    return figure
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {' '.join(str(message).split())}\n")  # one line
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="the picture, a .png")
+    parser.add_argument("--json", type=pathlib.Path, help="also write all numbers there")
+    models = [name for name, config in PUBLISHED.items() if config.model_type == "t2v"]
+    parser.add_argument("--model", choices=models, default="wan-1.3b")
+    parser.add_argument("--layers", type=int, help="blocks; all of the model's if not given")
+    parser.add_argument("--grid", type=int, nargs=3, default=(2, 8, 8), help="frames, rows, columns of latents")
+    parser.add_argument("--tokens", type=int, default=16, help="of text")
+    parser.add_argument("--times", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=2, help="with other noise and text, and times between the times")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--smooth", type=float, default=30.0, help="thousandths of tau over which F varies; 0: as init")
+    parser.add_argument("--modulation", type=float, default=8.0, help="factor on the modulation by the time")
+    return parser
+
+
+def main(argv=None) -> None:
+    parser, start = _parser(), time.perf_counter()
+    args = parser.parse_args(argv)
+    if args.out.suffix != ".png":
+        parser.error(f"--out {args.out} must end in .png")
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    try:
+        config = PUBLISHED[args.model]
+        if args.layers is not None:
+            config = dataclasses.replace(config, num_layers=args.layers)
+        result = study(config, **settings)
+        what = f"{args.model}, {config.num_layers} layers, untrained (smooth {args.smooth:g}, "
+        what += f"modulation {args.modulation:g})"
+        figure = draw(result, f"What bfloat16 costs: {what}")
+        write_whole(args.out, lambda path: figure.savefig(path, format="png", facecolor=PAPER))
+        made = {"jax": jax.__version__, "python": platform.python_version(), "backend": jax.default_backend()}
+        used = {"seconds": time.perf_counter() - start, "peak_gib": _peak_gib()}
+        if args.json:
+            record = {"model": dataclasses.asdict(config), **settings, **made, **used, **result}
+            write_text(args.json, json.dumps(record, indent=1, default=lambda array: array.tolist()) + "\n")
+    except (ValueError, OSError) as error:
+        parser.error(error)
+    print(f"{what}; Python {made['python']}, JAX {made['jax']}, {made['backend']}")
+    print("float32, rms: " + ", ".join(f"{name} {_mean_square(rms):.3g}" for name, rms in result["rms"].items()))
+    print("relative error to float32, percent")
+    print(format_table(summary(result)))
+    print(f"{used['seconds']:.0f} s, peak memory {used['peak_gib']:.1f} GiB; {args.out}")
+
+
+def _peak_gib() -> float:
+    """Most resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if platform.system() == "Darwin" else 2**20)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""What narrow precision costs: the study on a tiny network."""
+
+import dataclasses
+import json
+
+import imageio.v3 as imageio
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rcm_jax import trigflow
+from rcm_jax.evaluate import precision
+from rcm_jax.models.wan import PUBLISHED, Wan
+from tests import tiny, wan
+from tests.tiny import relative
+
+fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compilation)
+
+SIZES = dict(times=5, repeats=2, grid=(2, 4, 4), tokens=4)
+FLAGS = ["--times=5", "--repeats=2", "--grid", "2", "4", "4", "--tokens=4"]
+A, B, C = precision.VARIANTS
+
+
+@pytest.fixture(scope="module")
+def result():
+    return precision.study(wan.TINY, **SIZES)
+
+
+def test_errors_have_the_size_of_bfloat16(result):
+    tau = result["tau"]
+    np.testing.assert_allclose(np.diff(np.log(tau / (1 - tau))), np.log(999 * 49) / 5, rtol=1e-9)
+    for errors in (result["rms"], *result["errors"].values()):
+        assert list(errors) == ["F", "dF", "dF in t", "dF in x"]
+        for values in errors.values():
+            assert values.shape == (2, 5) and np.isfinite(values).all() and (values > 0).all()
+    errors = np.array([list(result["errors"][name].values()) for name in (A, B)])
+    assert 2**-11 < np.median(errors) < 2**-5  # a bfloat16 is off by up to 2⁻⁹
+
+
+def test_the_time_embedding_matters_most_in_the_tangent_along_t(result):
+    rows = precision.summary(result)
+    assert rows[B]["dF in t"] > 1.2 * rows[A]["dF in t"] and rows[B]["dF"] > 1.2 * rows[A]["dF"]
+    assert rows[C]["dF in t"] > rows[B]["dF in t"]
+    assert rows[A + ", worst"]["F"] == 100 * result["errors"][A]["F"].max() >= rows[A]["F"]
+
+
+def test_float32_against_itself_has_no_error(monkeypatch):
+    monkeypatch.setattr(precision, "VARIANTS", {"float32": ({}, False)})
+    errors = precision.study(wan.TINY, **SIZES)["errors"]
+    assert list(errors) == ["float32"] and all((values == 0).all() for values in errors["float32"].values())
+
+
+def test_the_tangent_is_the_derivative_along_the_trajectory():
+    config = dataclasses.replace(wan.TINY, dtype="float64", time_dtype="float64")
+    params, (x, _, cond) = wan.random_params(), wan.inputs(batch=2)
+    with wan.precision("float64"):
+        params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), params)
+        x, t, F_teacher = jnp.asarray(x, jnp.float64), jnp.array([0.5, 1.3], jnp.float64), jnp.sin(3.0 * x)
+        value, dF, in_t, in_x = precision.measured(config, False, params, x, t, cond, F_teacher)
+        F, cs, h = jax.jit(wan.velocity(config)), jnp.cos(t) * jnp.sin(t), 1e-6
+
+        assert relative(value, F(params, x, t, cond)) < 1e-12
+
+        def difference(in_x, in_t):
+            step = h * in_x * trigflow.expand(cs, x) * F_teacher, h * in_t * cs
+            return (F(params, x + step[0], t + step[1], cond) - F(params, x - step[0], t - step[1], cond)) / (2 * h)
+
+        for tangent, along in ((dF, (1, 1)), (in_t, (0, 1)), (in_x, (1, 0))):
+            assert relative(tangent, difference(*along)) < 1e-6
+
+
+def test_a_rounded_time_is_the_nearest_bfloat16():
+    params, (x, _, cond) = wan.random_params(), wan.inputs(batch=2)
+    tau = jnp.array([0.98765, 0.9338])
+    t = jnp.arctan2(tau, 1 - tau)
+    x_rf, _ = trigflow.to_rectified_flow(x, t)
+    v = jax.jit(Wan(wan.TINY).apply)({"params": params}, x_rf, jnp.array([988.0, 932.0]), **cond)
+    F, *_ = precision.measured(wan.TINY, True, params, x, t, cond, x)
+    assert relative(F, trigflow.from_rectified_flow(x, v, t)) < 1e-6
+
+
+def test_weights_are_initial_values_with_another_time_embedding():
+    key = jax.random.key(1)
+    before, after = (precision.weights(wan.TINY, key, *factors) for factors in ((0.0, 1.0), (2.0, 8.0)))
+    ratio = np.asarray(after["time_in"]["kernel"] / before["time_in"]["kernel"])
+    assert relative(ratio[[0, 8]], np.full((2, 24), np.exp(-2.0))) < 1e-6  # frequency 1 of cosines and of sines
+    assert relative(ratio[[7, 15]], np.ones((2, 24))) < 1e-6  # the lowest frequencies
+    assert relative(after["time_projection"]["kernel"], 8 * before["time_projection"]["kernel"]) == 0
+    assert relative(after["patch_in"]["kernel"], before["patch_in"]["kernel"]) == 0
+
+
+def test_command(tmp_path, monkeypatch, capsys, result):
+    monkeypatch.setitem(PUBLISHED, "wan-1.3b", wan.TINY)
+    png, record = tmp_path / "new" / "p.png", tmp_path / "p.json"
+    precision.main([f"--out={png}", f"--json={record}", *FLAGS])
+    text = capsys.readouterr().out
+    assert f"JAX {jax.__version__}" in text and "2 layers" in text and "peak memory" in text
+    for name, row in precision.summary(result).items():
+        assert name in text and f"{row['dF']:.3f}" in text
+    picture = imageio.imread(png)
+    assert picture.shape[1] == 1640 and picture[..., :3].std() > 20
+    values = json.loads(record.read_text(encoding="utf-8"))
+    assert values["errors"][C]["dF"] == result["errors"][C]["dF"].tolist() and values["model"]["dim"] == 24
+    assert sorted(file.name for file in tmp_path.rglob("*.*")) == ["p.json", "p.png"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--out=p.pdf", "--out p.pdf must end in .png"),
+        ("--layers=0", "num_layers must be at least 1, got 0"),
+        ("--layers=two", "argument --layers: invalid int value: 'two'"),
+        ("--model=wan-i2v-14b", "argument --model: invalid choice: 'wan-i2v-14b'"),
+        ("--smooth=-1", "smooth -1.0 must be at least 0 and modulation 8.0 above 0, both finite"),
+        ("--modulation=nan", "smooth 30.0 must be at least 0 and modulation nan above 0, both finite"),
+        ("--grid 1 3 4", "patch 1×2×2 does not divide the 1×3×4 frames, rows and columns"),
+        ("--times=0", "times 0, repeats 2, grid (2, 8, 8) and tokens 4 must be at least 1"),
+        ("--tokens=7", "tokens 7 must be at least 1, and tokens at most the network's 6"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PUBLISHED, "wan-1.3b", wan.TINY)
+    with pytest.raises(SystemExit) as exit:
+        precision.main(["--out=p.png", "--tokens=4", *flags.split()])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_image_to_video_is_refused():
+    with pytest.raises(ValueError, match="takes text-to-video networks, not model_type 'i2v'"):
+        precision.study(wan.I2V)
