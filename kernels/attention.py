@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero, linear_call
 
-from kernels import blockwise, reference
+from kernels import blockwise, reference, triton
 
 
 class Implementation(NamedTuple):
@@ -45,6 +45,7 @@ class Implementation(NamedTuple):
 IMPLEMENTATIONS = {
     "reference": Implementation(reference.forward, reference.tangent, reference.backward),
     "blockwise": Implementation(blockwise.forward, blockwise.tangent, blockwise.backward),
+    "triton": Implementation(triton.forward, triton.tangent, triton.backward),  # imports jax-triton when called
 }
 
 
@@ -62,7 +63,7 @@ def flash_attention(q, k, v, *, scale=None, implementation="auto"):
       [b, l, n, d] in the dtype of q; computed in float32 at least, products at JAX's matmul precision of the backend.
 
     Raises:
-      ValueError: unknown implementation, or shapes that do not fit.
+      ValueError: unknown implementation, one that does not run here or on such inputs, or shapes that do not fit.
       TypeError: dtypes that are not floating point, or differ.
     """
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
@@ -73,7 +74,7 @@ def flash_attention(q, k, v, *, scale=None, implementation="auto"):
 
 
 def _choose(name):
-    """The implementation of that name; "auto" is the fastest that runs on the default backend."""
+    """The implementation of that name; "auto" is the fastest of those that have run on the hardware they are for."""
     if name == "auto":
         name = "blockwise"
     if name not in IMPLEMENTATIONS:

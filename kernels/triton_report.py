@@ -1,0 +1,133 @@
+"""Compiles the Triton kernels for GPUs that need not be there, and tells what each takes of one.
+
+    python -m kernels.triton_report      # every kernel, for compute capability 8.0 and 9.0, 64 and 128 features
+    python -m kernels.triton_report --capability 86 --dtype float32
+
+- registers: of one thread, of 255. spills: bytes that a thread keeps in memory for want of registers: 0 is wanted.
+- shared: KiB of shared memory of one program, which must fit the GPU's.
+- wgmma: the number of Hopper's asynchronous matrix instructions in the PTX, none before 9.0.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from typing import NamedTuple
+
+import jax
+
+from kernels import triton as attention
+from kernels.workloads import WORKLOADS
+
+SHARED_KIB = {"sm80": 99, "sm90": 227}  # the most that one program may have, 163 on an A100
+COLUMNS = ("registers", "spills", "shared", "wgmma")
+TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+# What is compiled for every head size: {row of the table: (self-attention?, live tangents or gradients)}.
+CASES = {
+    "forward": (True, None),
+    "forward_tangent": (True, (True, True, True)),
+    "forward_tangent, text": (False, (True, False, False)),
+    "tangent": (True, (True, True, True)),
+    "tangent, text": (False, (True, False, False)),
+    "backward": (True, (True, True, True)),
+}
+
+
+class Row(NamedTuple):
+    """One kernel, compiled."""
+
+    name: str
+    config: attention.Config
+    registers: int
+    spills: int
+    shared: float
+    wgmma: int
+
+
+def launches(workload, dtype):
+    """{row of the table: Launch} of all kernels at the shapes of a self-attention workload and of its text."""
+    text = WORKLOADS[f"{workload.name}_cross"]
+    result = {}
+    for name, (alone, live) in CASES.items():
+        query = jax.ShapeDtypeStruct((workload.batch, workload.q_len, workload.heads, workload.head_dim), dtype)
+        length = workload.k_len if alone else text.k_len
+        key = jax.ShapeDtypeStruct((workload.batch, length, workload.heads, workload.head_dim), dtype)
+        lse = jax.ShapeDtypeStruct((workload.batch, workload.heads, workload.q_len), "float32")
+        tangents = [x if alive else None for x, alive in zip((query, key, key), live or [False] * 3, strict=True)]
+        recorded = []
+
+        def record(launch, recorded=recorded):
+            recorded.append(launch)
+            return launch.outputs
+
+        if name.startswith("forward"):
+            attention.forward_tangent(query, key, key, *tangents, 0.1, launch=record)
+        elif name.startswith("tangent"):
+            attention.tangent(query, key, key, query, lse, *tangents, 0.1, launch=record)
+        else:
+            attention.backward(query, key, key, query, lse, query, live, 0.1, launch=record)
+        result.update({launch.kernel if name == "backward" else name: launch for launch in recorded})
+    return result
+
+
+def compile_launch(name, launch, capability, config=None):
+    """The Row of a launch compiled for a compute capability, in its own configuration or another."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from kernels import triton_kernels
+
+    kernel = getattr(triton_kernels, launch.kernel)
+    config = config or attention.configuration(launch, capability)
+    constants = launch.all_constants(config)
+    arrays = [f"*{TYPES[str(x.dtype)]}" for x in (*launch.arrays, *launch.outputs)]
+    signature = dict(zip(kernel.arg_names, arrays, strict=False)) | dict.fromkeys(constants, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(arrays))}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(x),): y for x, y in constants.items()}, aligned)
+    options = dict(num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)  # what jax-triton asks for
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder  # jax-triton has set it to nothing
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    registers, spills = assemble(ptx, capability)
+    return Row(name, config, registers, spills, compiled.metadata.shared / 1024, ptx.count("wgmma.mma_async"))
+
+
+def assemble(ptx, capability):
+    """(registers, bytes of spills) of a thread, from ptxas."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        arch = sm_arch_from_capability(capability)
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={arch}", file.name, "-o", "/dev/null"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = sum(int(x) for x in re.findall(r"(\d+) bytes spill", log))
+    return int(re.search(r"Used (\d+) registers", log)[1]), spills
+
+
+def report(capability, workload, dtype):
+    """A Row for each kernel."""
+    return [compile_launch(name, x, capability) for name, x in launches(WORKLOADS[workload], dtype).items()]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, action="append", help="80 for 8.0; may be given again")
+    parser.add_argument("--workload", action="append", choices=[x for x, w in WORKLOADS.items() if not w.cross])
+    parser.add_argument("--dtype", choices=attention.DTYPES, default="bfloat16")
+    args = parser.parse_args()
+    for capability in args.capability or (80, 90):
+        most = SHARED_KIB[attention.gpu_of(capability)]
+        for workload in args.workload or ("cosmos_0.6b", "wan_14b"):
+            print(f"compute capability {capability / 10}, {workload}, {args.dtype}, at most {most} KiB shared")
+            print(f"{'':24}{'queries, keys, warps, stages':>30}" + "".join(f"{x:>11}" for x in COLUMNS))
+            for row in report(capability, workload, args.dtype):
+                config = ", ".join(map(str, row.config))
+                print(f"{row.name:24}{config:>30}{row.registers:11}{row.spills:11}{row.shared:11.1f}{row.wgmma:11}")
+
+
+if __name__ == "__main__":
+    main()

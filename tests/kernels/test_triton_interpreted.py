@@ -1,0 +1,194 @@
+"""The Triton kernels in Triton's interpreter against `kernels.reference` in float64. Needs triton, and no GPU:
+
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/test_triton_interpreted.py
+
+tests/kernels/test_triton.py runs this file so. Errors are relative to the largest entry of the expected array.
+"""
+
+import functools
+import itertools
+import os
+
+import jax
+import numpy as np
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
+pytest.importorskip("triton")
+
+from kernels import reference
+from kernels import triton as attention
+from tests.kernels import interpreted
+
+# O and Ȯ are rounded to 2⁻⁹ (bfloat16) or 2⁻¹² (float16); P, H and dS are too before they are multiplied.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1.2e-2, "float16": 1.5e-3}
+SHAPES = {  # b, queries, keys, n, d; tiles have 16 queries and 32 keys
+    "whole_tiles": (2, 32, 64, 2, 16),
+    "ragged": (1, 37, 45, 2, 64),
+    "cross": (1, 40, 7, 2, 128),
+    "one_query": (2, 1, 33, 1, 16),
+    "one_key": (1, 17, 1, 1, 16),
+    "padded_features": (1, 17, 33, 2, 80),
+    "few_features": (1, 17, 33, 2, 5),
+    "most_features": (1, 17, 33, 1, 256),
+}
+CASES = [(shape, "float32") for shape in SHAPES]
+CASES += [(shape, dtype) for shape in ("ragged", "cross") for dtype in ("bfloat16", "float16")]
+SUBSETS = list(itertools.product((True, False), repeat=3))
+SCALE = 0.3
+
+forward, forward_tangent, tangent, backward = (
+    functools.partial(f, launch=interpreted.run)
+    for f in (attention.forward, attention.forward_tangent, attention.tangent, attention.backward)
+)
+
+
+def exact(x):
+    return None if x is None else np.asarray(x, np.float64)
+
+
+def close(actual, expected, tolerance):
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None) == (e is None)
+        if e is not None:
+            a, e = exact(a), exact(e)
+            np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * max(np.abs(e).max(), 1))
+
+
+@functools.cache
+def arrays(shape, dtype="float32"):
+    """(q, k, v), (dq, dk, dv), g"""
+    b, l, m, n, d = SHAPES[shape]
+    rng = np.random.default_rng(0)
+    sizes = [(b, l, n, d), (b, m, n, d), (b, m, n, d)]
+    q, k, v, *directions, g = (rng.normal(size=x).astype(jax.numpy.dtype(dtype)) for x in (*sizes, *sizes, sizes[0]))
+    return (q, k, v), tuple(directions), g
+
+
+@functools.cache
+def expected(shape, dtype, live=(True, True, True)):
+    """(o, lse), ȯ or None, and the gradients along live tangents."""
+    primals, directions, g = arrays(shape, dtype)
+    with jax.enable_x64(True):
+        q, k, v, g = map(exact, (*primals, g))
+        o, lse = reference.forward(q, k, v, SCALE)
+        moving = [exact(x) if alive else None for x, alive in zip(directions, live, strict=True)]
+        do = reference.tangent(q, k, v, o, lse, *moving, SCALE) if any(live) else None
+        return (o, lse), do, reference.backward(q, k, v, o, lse, g, live, SCALE)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
+def test_everything(shape, dtype):
+    primals, directions, g = arrays(shape, dtype)
+    (o, lse), do, gradients = expected(shape, dtype)
+    residuals = (*primals, *forward(*primals, SCALE))
+    results = (
+        *residuals[3:],
+        tangent(*residuals, *directions, SCALE),
+        *backward(*residuals, g, (True, True, True), SCALE),
+        *forward_tangent(*primals, *directions, SCALE),
+    )
+    assert [str(x.dtype) for x in results] == [dtype, "float32", *[dtype] * 5, "float32", dtype]
+    close(results, (o, lse, do, *gradients, o, lse, do), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("live", SUBSETS)
+def test_any_subset_may_move(live):
+    primals, directions, g = arrays("ragged")
+    (o, lse), do, gradients = expected("ragged", "float32", live)
+    directions = [x if alive else None for x, alive in zip(directions, live, strict=True)]
+    residuals = (*primals, *forward(*primals, SCALE))
+    close(backward(*residuals, g, live, SCALE), gradients, TOLERANCE["float32"])
+    if any(live):
+        close([tangent(*residuals, *directions, SCALE)], [do], TOLERANCE["float32"])
+        close(forward_tangent(*primals, *directions, SCALE), (o, lse, do), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("live", SUBSETS)
+def test_what_is_not_live_is_not_computed(live):
+    """The launches of a backward pass; what is not read may be NaN."""
+    primals, directions, g = arrays("ragged")
+    live_q, live_k, live_v = live
+    launched = []
+
+    def record(launch):
+        launched.append(launch.kernel)
+        return interpreted.run(launch)
+
+    o, lse = forward(*primals, SCALE)
+    nothing = np.full_like(o, np.nan)
+    o = o if live_q or live_k else nothing
+    attention.backward(*primals, o, lse, g, live, SCALE, launch=record)
+    assert launched == (
+        ["delta"] * (live_q or live_k) + ["gradients_of_keys"] * (live_k or live_v) + ["gradient_of_queries"] * live_q
+    )
+    q, k, v = primals
+    if live == (False, False, True):
+        (dv,) = backward(q, k, np.full_like(v, np.nan), o, lse, g, live, SCALE)[2:]
+        assert np.isfinite(dv).all()
+        assert np.isfinite(tangent(q, k, np.full_like(v, np.nan), o, lse, None, None, directions[2], SCALE)).all()
+
+
+def test_repeated_runs_give_the_same_bits():
+    primals, directions, g = arrays("ragged", "bfloat16")
+
+    def results():
+        residuals = (*primals, *forward(*primals, SCALE))
+        do = tangent(*residuals, *directions, SCALE)
+        return (
+            *residuals,
+            do,
+            *backward(*residuals, g, (True,) * 3, SCALE),
+            *forward_tangent(*primals, *directions, SCALE),
+        )
+
+    assert [x.tobytes() for x in results()] == [x.tobytes() for x in results()]
+
+
+def test_large_scores():
+    """Scores of ±10⁴, where exp overflows at 89; all of them far below zero for some queries, and lse with them."""
+    (q, k, v), directions, g = arrays("ragged")
+    q = 1e3 * q
+    k = k - 10 * np.sign(q.mean(1, keepdims=True))
+    residuals = (q, k, v, *forward(q, k, v, SCALE))
+    gradients = backward(*residuals, g, (True, True, True), SCALE)
+    results = (*residuals[3:], tangent(*residuals, *directions, SCALE), *gradients)
+    assert all(np.isfinite(x).all() for x in results)
+    with jax.enable_x64(True):
+        close(results[:2], reference.forward(exact(q), exact(k), exact(v), SCALE), 5e-3)
+
+
+def test_tails_are_not_read():
+    """Arrays that end in a page of NaN: the padding of the last tile stays outside."""
+    (q, k, v), _, _ = arrays("padded_features")
+
+    def padded(x):
+        whole = np.full(x.size + 64 * x.shape[2] * x.shape[3], np.nan, x.dtype)
+        whole[: x.size] = x.ravel()
+        return whole[: x.size].reshape(x.shape)
+
+    o, lse = forward(*map(padded, (q, k, v)), SCALE)
+    close((o, lse), expected("padded_features", "float32")[0], TOLERANCE["float32"])
+
+
+def test_offsets_beyond_32_bits():
+    """The last tokens of an array of 2³² elements, of which only the pages that are touched exist."""
+    tokens = 2**27
+    x = np.zeros((2, tokens, 1, 16), np.uint8)
+    x[1, -16:, 0] = np.arange(256).reshape(16, 16)
+    pointer, out = interpreted.Tensor(x), interpreted.Tensor(np.zeros((2, 16, 1, 16), np.uint8))
+    interpreted.last_tokens[(1, 1, 2)](pointer, out, LENGTH=tokens)
+    np.testing.assert_array_equal(out.array, x[:, -16:])
+
+
+@pytest.mark.parametrize("config", [(16, 16), (64, 16), (16, 64), (64, 64)])
+def test_any_tiles_do(config):
+    primals, directions, g = arrays("ragged")
+    (o, lse), do, gradients = expected("ragged", "float32")
+    run = functools.partial(interpreted.run, config=attention.Config(*config, warps=4, stages=1))
+    results = attention.forward_tangent(*primals, *directions, SCALE, launch=run)
+    residuals = (*primals, *results[:2])
+    close(results, (o, lse, do), TOLERANCE["float32"])
+    gradients_now = attention.backward(*residuals, g, (True, True, True), SCALE, launch=run)
+    close(gradients_now, gradients, TOLERANCE["float32"])
