@@ -6,7 +6,9 @@ With the formulas of `kernels.reference`, the derivative rule is
     ȯ      = linear_call(tangent, backward)(q, k, v, o, lse; those of q̇, k̇, v̇ that are not symbolically zero)
 
 so one op serves jax.jvp, jax.grad, the gradient of a jvp and the jvp of a vjp, eagerly and under jit, lax.scan,
-jax.checkpoint and jax.shard_map. An implementation is three plain functions and needs no rule of its own.
+jax.checkpoint and jax.shard_map. An implementation is three plain functions and needs no rule of its own: the jvp of a
+vjp of lax.scan alone needs a forward function that JAX can differentiate (partial evaluation drops the rule), which
+kernels are not.
 
 - Constants cost nothing: text keys and values carry no tangent in a jvp with respect to the image, so their two of
   the five products of the tangent are left out.
@@ -26,7 +28,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero, linear_call
 
-from kernels import blockwise, reference, triton
+from kernels import blockwise, pallas_tpu, reference, triton
 
 
 class Implementation(NamedTuple):
@@ -46,7 +48,10 @@ IMPLEMENTATIONS = {
     "reference": Implementation(reference.forward, reference.tangent, reference.backward),
     "blockwise": Implementation(blockwise.forward, blockwise.tangent, blockwise.backward),
     "triton": Implementation(triton.forward, triton.tangent, triton.backward),  # imports jax-triton when called
+    "pallas_tpu": Implementation(pallas_tpu.forward, pallas_tpu.tangent, pallas_tpu.backward),
 }
+# What "auto" chooses on a backend, where it is not "blockwise". Kernels enter when they have run on their hardware.
+FASTEST: dict[str, str] = {}
 
 
 def flash_attention(q, k, v, *, scale=None, implementation="auto"):
@@ -74,9 +79,9 @@ def flash_attention(q, k, v, *, scale=None, implementation="auto"):
 
 
 def _choose(name):
-    """The implementation of that name; "auto" is the fastest of those that have run on the hardware they are for."""
+    """The implementation of that name; "auto" is FASTEST's for the default backend."""
     if name == "auto":
-        name = "blockwise"
+        name = FASTEST.get(jax.default_backend(), "blockwise")
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"unknown attention implementation {name!r}: choose from {['auto', *IMPLEMENTATIONS]}")
     return IMPLEMENTATIONS[name]
