@@ -1,6 +1,6 @@
 """Wan2.1 1.3B text to video, 832×480, 77 frames, distilled to 1 to 4 steps with the settings of the real runs.
 
-python scripts/convert_checkpoint.py --model=wan-1.3b --src=Wan2.1-T2V-1.3B --dst=wan-1.3b
+python scripts/convert_checkpoint.py --model=wan-1.3b --src=…/diffusion_pytorch_model.safetensors --dst=wan-1.3b
 python scripts/train.py --config=configs/wan_1_3b.py --config.teacher=wan-1.3b --config.data.path=LATENTS --workdir=DIR
 
 LATENTS is a folder as rcm_jax.data.latents.write makes it. The paper trains 10,000 iterations at a global batch of 256

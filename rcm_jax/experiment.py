@@ -135,7 +135,7 @@ def check_teacher(values: dict) -> int:
     if "rcm" in there:
         raise ValueError(f"{folder} holds a distilled student; its own teacher may be in {folder}/teacher")
     shared = [key for key in SHARED_WITH_TEACHER if key in there or key != "data"]
-    theirs, ours = (flatten({key: v.get(key) for key in shared}) for v in (there, values))
+    theirs, ours = (flatten(_whole({key: v.get(key) for key in shared})) for v in (there, values))
     differing = [
         f"{key} is {theirs.get(key)} there, {ours.get(key)} here"
         for key in sorted(theirs.keys() | ours.keys())
@@ -144,6 +144,16 @@ def check_teacher(values: dict) -> int:
     if differing:
         raise ValueError(f"the teacher in {folder} does not fit this config: {'; '.join(differing)}")
     return there["pretrain"]["train"]["steps"] if "pretrain" in there else 0
+
+
+def _whole(values: dict) -> dict:
+    """The mapping with the defaults of keys that the config of its model got after it was written."""
+    model = values["model"]
+    if not isinstance(model, dict) or model.get("kind") not in KINDS:
+        return values
+    fields = dataclasses.fields(KINDS[model["kind"]])
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    return values | {"model": defaults | model}
 
 
 class Network(NamedTuple):

@@ -165,6 +165,15 @@ def test_a_teacher_of_another_network_is_refused_with_the_difference(tmp_path, c
         check_teacher(NETWORK | {"teacher": str(tmp_path), "rcm": {}})
 
 
+def test_a_teacher_from_before_a_key_was_added_has_its_default(tmp_path):
+    there = {"kind": "wan", "dim": 24, "num_heads": 2}
+    checkpoint.claim_workdir(tmp_path, NETWORK | {"model": there, "pretrain": {"train": {"steps": 9}}})
+    ours = NETWORK | {"teacher": str(tmp_path), "rcm": {}}
+    assert check_teacher(ours | {"model": there | {"clip_dim": 0, "patch_size": (1, 2, 2)}}) == 9
+    with pytest.raises(ValueError, match=r"config\.model\.clip_dim is 0 there, 40 here"):
+        check_teacher(ours | {"model": there | {"clip_dim": 40}})
+
+
 def test_a_student_is_no_teacher(tmp_path):
     checkpoint.claim_workdir(tmp_path, NETWORK | {"rcm": {}})
     with pytest.raises(ValueError, match="holds a distilled student"):
