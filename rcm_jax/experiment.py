@@ -169,7 +169,7 @@ def make_network(run: Pretraining, dataset: Dataset) -> Network:
     Raises ValueError if the network is for another number of classes than the data have.
     """
     if (classes := getattr(run.model, "num_classes", None)) != dataset.num_classes:
-        raise ValueError(f"config.model is for {classes} classes, but the data have {dataset.num_classes}")
+        raise ValueError(f"config.model.num_classes is {classes}, but the data have {dataset.num_classes} classes")
     module = NETWORKS[type(run.model)](run.model)
 
     def init(key):

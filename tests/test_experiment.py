@@ -127,10 +127,10 @@ def test_a_network_for_classes_takes_no_data_without_and_the_other_way_round():
     text = {"text": np.zeros((6, 8), np.float32)}
     one = {"x0": np.zeros((1, 2, 4, 6, 4), np.float32), "cond": text}
     wan_run = experiment.from_mapping(wan_values())
-    with pytest.raises(ValueError, match=r"config.model is for None classes, but the data have 3"):
+    with pytest.raises(ValueError, match=r"config.model.num_classes is None, but the data have 3 classes"):
         experiment.make_network(wan_run, Dataset(one, None, text, 3, None))
     digits_run = experiment.from_mapping(digits.get_config().to_dict())
-    with pytest.raises(ValueError, match=r"config.model is for 10 classes, but the data have None"):
+    with pytest.raises(ValueError, match=r"config.model.num_classes is 10, but the data have None classes"):
         experiment.make_network(digits_run, Dataset(one, None, text, None, None))
 
 

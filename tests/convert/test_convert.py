@@ -66,7 +66,8 @@ def test_every_tensor_of_the_real_checkpoints_has_one_place(path, layout, config
     assert len(set(places)) == len(places)
     recorded = json.loads((path.parent / "index.json").read_text())[path.stem]
     assert recorded["params"] == sum(map(math.prod, names.values())) == parameters(config)
-    assert recorded["config"].items() <= wan.described(config, layout).items()
+    described = wan.described(config, layout)
+    assert recorded["config"].items() <= described.items() if layout != "rcm" else not described
 
 
 def boxed_leaves(config):

@@ -24,7 +24,7 @@ VALUES = VALUES.to_dict()
         (["--config.model.width=3"], ["width"]),
         (["--config.train.steps=many"], ["config.train.steps", "many"]),
         (["--config.model=3"], ["config.model"]),
-        (["--config.model.patch=3"], ["patch 3", "8×8"]),
+        (["--config.model.patch=3"], ["patch 1×3×3", "1×8×8"]),
         (["--config.model.dtype=float33"], ["config.model", "float33"]),
         (["--config.model.num_classes=5"], ["num_classes", "5", "10"]),
         (["--config.mesh.fsdp=3"], ["fsdp=3", "1 devices"]),
