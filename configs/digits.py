@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
         max_frequency=16.0,
         dtype="float32",
         remat="full",  # on a CPU computing a block again costs less than storing what the scan would keep
+        attention="auto",
     )
     config.parametrization = "trigflow"
     config.time_scale = 1.0

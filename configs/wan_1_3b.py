@@ -20,7 +20,7 @@ TINY = dict(dim=24, ffn_dim=32, num_heads=2, num_layers=2, in_dim=4, out_dim=4, 
 def model(name: str) -> dict:
     """The sizes of a published network; how it is computed."""
     sizes = {key: value for key, value in dataclasses.asdict(PUBLISHED[name]).items() if value is not None}
-    return sizes | dict(kind="wan", dtype="bfloat16", time_dtype="float32", remat="full")
+    return sizes | dict(kind="wan", dtype="bfloat16", time_dtype="float32", remat="full", attention="auto")
 
 
 def get_config(variant: str = "") -> ConfigDict:

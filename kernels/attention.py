@@ -17,9 +17,16 @@ kernels are not.
 - Second derivatives are dropped: ȯ is differentiated as a linear function of the tangents, and how it depends on
   q, k and v is ignored. A loss must stop the gradient of a tangent, as the consistency loss does.
 - There is no promise to work under jax.vmap: batch and heads are axes of the op, and kernels have no batching rule.
+
+The kernels that make o and ȯ in one pass (`forward_tangent` of kernels.triton and kernels.pallas_tpu) stay out of the
+op. A custom_jvp rule that called one would serve jax.grad too, whose tangents must stay transposable; so it needs an
+opt-in at each call, a second spelling of the network for the one pass under jvp. It saves 1 of 7 products, at 128
+features on Hopper it fits only tiles of 32 keys without spills (the tangent kernel takes 64), and nobody has timed it:
+`python -m kernels.bench` has a row for it ("fused"), so that a measurement can decide.
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -50,6 +57,8 @@ IMPLEMENTATIONS = {
     "triton": Implementation(triton.forward, triton.tangent, triton.backward),  # imports jax-triton when called
     "pallas_tpu": Implementation(pallas_tpu.forward, pallas_tpu.tangent, pallas_tpu.backward),
 }
+# The kernels that are made for a backend.
+KERNELS = {"gpu": "triton", "tpu": "pallas_tpu"}
 # What "auto" chooses on a backend, where it is not "blockwise". Kernels enter when they have run on their hardware.
 FASTEST: dict[str, str] = {}
 
@@ -62,7 +71,7 @@ def flash_attention(q, k, v, *, scale=None, implementation="auto"):
       k: [b, m, n, d], same dtype; m may differ from l (cross-attention).
       v: [b, m, n, d], same dtype.
       scale: multiplies Q Kᵀ; d**-0.5 if None. A Python number, not differentiated.
-      implementation: "auto" or a name in IMPLEMENTATIONS.
+      implementation: "auto" or a name in IMPLEMENTATIONS. What is chosen is logged once.
 
     Returns:
       [b, l, n, d] in the dtype of q; computed in float32 at least, products at JAX's matmul precision of the backend.
@@ -74,17 +83,35 @@ def flash_attention(q, k, v, *, scale=None, implementation="auto"):
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     _check(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    o, _ = _attend(_choose(implementation), scale, *_vary_alike(q, k, v))
+    name = resolve(implementation)
+    _log_choice(jax.default_backend(), implementation, name)
+    o, _ = _attend(IMPLEMENTATIONS[name], scale, *_vary_alike(q, k, v))
     return o
 
 
-def _choose(name):
-    """The implementation of that name; "auto" is FASTEST's for the default backend."""
-    if name == "auto":
-        name = FASTEST.get(jax.default_backend(), "blockwise")
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown attention implementation {name!r}: choose from {['auto', *IMPLEMENTATIONS]}")
-    return IMPLEMENTATIONS[name]
+def choices():
+    """The names that `implementation` may have."""
+    return ("auto", *IMPLEMENTATIONS)
+
+
+def resolve(name):
+    """The name in IMPLEMENTATIONS that `name` stands for: "auto" for FASTEST's of the default backend."""
+    if name not in choices():
+        raise ValueError(f"unknown attention implementation {name!r}: choose from {[*choices()]}")
+    return FASTEST.get(jax.default_backend(), "blockwise") if name == "auto" else name
+
+
+@functools.cache  # once in a process for each set of arguments
+def _log_choice(backend, asked, name):
+    kernel, hint, level = KERNELS.get(backend), "", logging.INFO
+    if asked == "auto" and kernel not in (None, name):  # somebody may be waiting for slow code without knowing
+        level = logging.WARNING
+        hint = (
+            f'; the kernels for this backend are not chosen by themselves: ask for implementation="{kernel}" '
+            f'(in a config model.attention="{kernel}")'
+        )
+    message = 'attention on %s: "%s" for implementation="%s"%s'
+    logging.getLogger(__name__).log(level, message, backend, name, asked, hint)
 
 
 def _check(q, k, v):

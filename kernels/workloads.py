@@ -34,3 +34,4 @@ _SELF = (
 )
 
 WORKLOADS = {w.name: w for w in (*_SELF, *(replace(w, name=f"{w.name}_cross", k_len=TEXT_TOKENS) for w in _SELF))}
+REAL = tuple(name for name in WORKLOADS if not name.startswith("cpu"))

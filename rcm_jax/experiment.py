@@ -111,7 +111,7 @@ class Experiment(Pretraining):
 # What a teacher and its student must agree on, less how it is computed and where data lie. (Converted weights say
 # nothing of data.)
 SHARED_WITH_TEACHER = ("data", "model", "parametrization", "time_scale")
-NOT_SHARED = ("config.data.path", "config.model.remat", "config.model.dtype", "config.model.time_dtype")
+NOT_SHARED = ("config.data.path", *(f"config.model.{key}" for key in ("attention", "remat", "dtype", "time_dtype")))
 
 
 def from_mapping(values: dict) -> Generator:

@@ -180,7 +180,7 @@ def test_a_student_is_no_teacher(tmp_path):
         check_teacher(NETWORK | {"teacher": str(tmp_path), "rcm": {}})
 
 
-@pytest.mark.parametrize("key", ["remat", "dtype"])
+@pytest.mark.parametrize("key", ["remat", "dtype", "attention"])
 def test_how_a_network_is_computed_does_not_make_it_another_network(tmp_path, key):
     theirs = NETWORK | {"model": NETWORK["model"] | {key: 1}, "pretrain": {"train": {"steps": 9}}}
     checkpoint.claim_workdir(tmp_path, theirs)

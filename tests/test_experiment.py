@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import digits, wan_1_3b
+from configs import digits, wan_1_3b, wan_14b
 from rcm_jax import denoiser, experiment, samplers
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.experiment import SamplingConfig
@@ -121,6 +121,17 @@ def test_a_mapping_is_what_its_keys_make_it():
 def test_experiments_that_cannot_be_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         experiment.from_mapping(wan_values(**changes))
+
+
+@pytest.mark.parametrize("config", [digits, wan_1_3b, wan_14b])
+def test_every_config_says_how_attention_is_computed(config):
+    values = config.get_config().to_dict() | {"teacher": "there"}
+    if "path" in values["data"]:
+        values["data"]["path"] = "latents"
+    assert values["model"]["attention"] == experiment.from_mapping(values).model.attention == "auto"
+    values["model"]["attention"] = "tritn"
+    with pytest.raises(ValueError, match=r"config.model: attention 'tritn' is none of auto, .*triton, pallas_tpu"):
+        experiment.from_mapping(values)
 
 
 def test_a_network_for_classes_takes_no_data_without_and_the_other_way_round():

@@ -32,6 +32,7 @@ class DiTConfig:
     max_frequency: float = 16.0  # per unit of time: higher resolves t better and makes dF/dt larger
     dtype: str = "float32"  # compute dtype; parameters and time embedding are float32
     remat: str = "none"
+    attention: str = "auto"  # implementation of flash_attention
 
     @property
     def wide(self):
@@ -53,7 +54,7 @@ class Block(nn.Module):
         modulation = dense(6 * c.dim, "modulation", dtype=c.wide, init=nn.initializers.zeros)(nn.silu(emb_bc))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation[:, None], 6, axis=-1)
         h = (layer_norm(x_blc) * (1 + scale1) + shift1).astype(c.dtype)
-        h = SelfAttention(c.num_heads, c.dtype, name="attention")(h)
+        h = SelfAttention(c.num_heads, c.dtype, c.attention, name="attention")(h)
         x_blc = x_blc + (gate1 * h).astype(x_blc.dtype)
         h = (layer_norm(x_blc) * (1 + scale2) + shift2).astype(c.dtype)
         h = Mlp(c.mlp_ratio * c.dim, c.dtype, name="mlp")(h)

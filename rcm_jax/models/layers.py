@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.attention import flash_attention
+from kernels.attention import choices, flash_attention
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # of the computation
 REMAT_POLICIES = {
@@ -16,17 +16,16 @@ REMAT_POLICIES = {
 
 
 def check_config(config, sizes) -> None:
-    """ValueError unless the named sizes are positive, heads divide dim, and dtypes and remat are known ones."""
+    """ValueError unless the named sizes are positive, heads divide dim, and dtypes, remat and attention are known."""
     for name in sizes:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    if config.dim % config.num_heads:
+    if config.dim % getattr(config, "num_heads", 1):
         raise ValueError(f"num_heads {config.num_heads} does not divide dim {config.dim}")
-    for name in ("dtype", "time_dtype"):
-        if getattr(config, name, DTYPES[0]) not in DTYPES:
-            raise ValueError(f"{name} {getattr(config, name)!r} is none of {', '.join(DTYPES)}")
-    if config.remat not in REMAT_POLICIES:
-        raise ValueError(f"remat {config.remat!r} is none of {', '.join(REMAT_POLICIES)}")
+    known = {"dtype": DTYPES, "time_dtype": DTYPES, "remat": REMAT_POLICIES, "attention": choices()}
+    for name, values in known.items():
+        if (value := getattr(config, name, None)) is not None and value not in values:
+            raise ValueError(f"{name} {value!r} is none of {', '.join(values)}")
 
 
 def stack(block, length: int, remat: str):
@@ -107,6 +106,7 @@ class SelfAttention(nn.Module):
 
     num_heads: int
     dtype: jnp.dtype
+    implementation: str = "auto"  # of flash_attention
 
     @nn.compact
     def __call__(self, x_blc):
@@ -115,7 +115,7 @@ class SelfAttention(nn.Module):
         q, k, v = jnp.split(dense(3 * c, "qkv", dtype=self.dtype)(x_blc), 3, axis=-1)
         q = RMSNorm(name="q_norm")(q.reshape(heads))
         k = RMSNorm(name="k_norm")(k.reshape(heads))
-        o = flash_attention(q, k, v.reshape(heads))
+        o = flash_attention(q, k, v.reshape(heads), implementation=self.implementation)
         return dense(c, "out", dtype=self.dtype, axes=("features", "embed"))(o.reshape(b, l, c))
 
 

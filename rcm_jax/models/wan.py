@@ -5,6 +5,7 @@ in float32, whatever narrower dtype computes the blocks: the tangent of a large 
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -50,6 +51,7 @@ class WanConfig:
     dtype: str = "float32"  # of the blocks; parameters stay in the dtype they have
     time_dtype: str = "float32"  # of the time embedding's layers; its sines and cosines are float32 at least
     remat: str = "none"
+    attention: str = "auto"  # implementation of flash_attention
 
     @property
     def wide(self):
@@ -114,7 +116,7 @@ class SelfAttention(nn.Module):
         c = self.config
         q = rotate_pairs(_project(c, x_blc, "q", "q_norm"), cos, sin)
         k = rotate_pairs(_project(c, x_blc, "k", "k_norm"), cos, sin)
-        o = flash_attention(q, k, _project(c, x_blc, "v"))
+        o = flash_attention(q, k, _project(c, x_blc, "v"), implementation=c.attention)
         return dense(c.dim, "out", dtype=c.dtype, axes=("features", "embed"))(o.reshape(x_blc.shape))
 
 
@@ -127,10 +129,11 @@ class CrossAttention(nn.Module):
     def __call__(self, x_blc, text, image):
         c = self.config
         q = _project(c, x_blc, "q", "q_norm")
-        o = flash_attention(q, _project(c, text, "k", "k_norm"), _project(c, text, "v"))
+        attend = functools.partial(flash_attention, implementation=c.attention)
+        o = attend(q, _project(c, text, "k", "k_norm"), _project(c, text, "v"))
         if image is not None:
             keys, values = _project(c, image, "k_image", "k_image_norm"), _project(c, image, "v_image")
-            o = o + flash_attention(q, keys, values)
+            o = o + attend(q, keys, values)
         return dense(c.dim, "out", dtype=c.dtype, axes=("features", "embed"))(o.reshape(x_blc.shape))
 
 

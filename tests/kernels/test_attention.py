@@ -6,6 +6,7 @@ in which a wrong formula shows and rounding does not; in float32 for the TPU ker
 
 import functools
 import itertools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from kernels import attention, bench, blockwise, pallas_tpu
 from kernels.attention import flash_attention
-from kernels.workloads import WORKLOADS, Workload
+from kernels.workloads import WORKLOADS
 
 # Relative to the largest entry. bfloat16 has 8 bits: o, and o as a residual of the derivatives, are rounded to 2⁻⁹.
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 1.5e-2}
@@ -372,8 +373,10 @@ class TestBlockwise:
 
     def test_memory_at_8192_tokens(self):
         """At most a tenth of the plain jvp's scratch memory, by XLA's analysis of the compiled programs."""
-        for row in bench.report(WORKLOADS["cpu_8192"], "float32", "blockwise", repeats=0)["rows"]:
-            assert row["memory_ratio"] >= 10, row
+        rows = bench.report(WORKLOADS["cpu_8192"], "float32", ["blockwise"], repeats=0)["rows"]
+        ratios = [row["memory_ratio"] for row in rows if row["side"] == "blockwise"]
+        assert len(ratios) == 3
+        assert min(ratios) >= 10
 
 
 class TestInputs:
@@ -409,17 +412,47 @@ class TestInputs:
     def test_auto(self, backend, name, monkeypatch):
         monkeypatch.setitem(attention.FASTEST, "tpu", "pallas_tpu")
         monkeypatch.setattr(jax, "default_backend", lambda: backend)
-        assert attention._choose("auto") is attention.IMPLEMENTATIONS[name]
+        assert attention.resolve("auto") == name
 
 
-class TestBench:
-    def test_workloads(self):
-        assert all(name == w.name and w.cross == name.endswith("_cross") for name, w in WORKLOADS.items())
+class TestLoggedChoice:
+    @pytest.fixture
+    def logged(self, caplog, monkeypatch):
+        """What flash_attention logs on a backend when it is called twice for each of some implementations."""
 
-    @pytest.mark.parametrize("k_len", [24, 16])
-    def test_report(self, k_len, capsys):
-        result = bench.report(Workload("tiny", 1, 24, k_len, 1, 8), "float32", "auto", repeats=1)
-        bench.show(result)
-        assert [row["pass"] for row in result["rows"]] == ["forward", "forward + tangent", "forward + backward"]
-        assert all(row["time_ratio"] > 0 for row in result["rows"])
-        assert "24 queries" in capsys.readouterr().out
+        def run(backend, *implementations):
+            caplog.clear()
+            monkeypatch.setattr(jax, "default_backend", lambda: backend)
+            x = jnp.ones((1, 8, 2, 4))
+            for name in implementations * 2:
+                flash_attention(x, x, x, implementation=name)
+            assert all((record.levelname == "WARNING") == ("ask for" in record.message) for record in caplog.records)
+            return caplog.messages
+
+        caplog.set_level(logging.INFO, "kernels.attention")
+        attention._log_choice.cache_clear()
+        yield run
+        attention._log_choice.cache_clear()
+
+    def test_once_for_each_backend_and_name(self, logged):
+        blockwise = 'attention on cpu: "blockwise" for implementation="auto"'
+        reference = 'attention on cpu: "reference" for implementation="reference"'
+        assert logged("cpu", "auto", "reference") == [blockwise, reference]
+        assert logged("cpu", "auto", "reference") == []
+        assert len(logged("gpu", "auto")) == 1
+
+    @pytest.mark.parametrize(("backend", "kernel"), [("gpu", "triton"), ("tpu", "pallas_tpu")])
+    def test_how_to_ask_for_a_kernel(self, logged, backend, kernel, monkeypatch):
+        (message,) = logged(backend, "auto")
+        assert message.startswith(f'attention on {backend}: "blockwise" for implementation="auto"; ')
+        assert f'implementation="{kernel}" (in a config model.attention="{kernel}")' in message
+        (message,) = logged(backend, "reference")  # asked for: there is nothing to tell
+        assert message == f'attention on {backend}: "reference" for implementation="reference"'
+        attention._log_choice.cache_clear()
+        monkeypatch.setitem(attention.IMPLEMENTATIONS, kernel, attention.IMPLEMENTATIONS["reference"])
+        monkeypatch.setitem(attention.FASTEST, backend, kernel)
+        assert logged(backend, "auto") == [f'attention on {backend}: "{kernel}" for implementation="auto"']
+
+    def test_every_backend_with_kernels_is_one_that_auto_may_learn(self):
+        assert set(attention.FASTEST) <= set(attention.KERNELS)
+        assert set(attention.KERNELS.values()) == set(bench.FUSED) <= set(attention.choices())

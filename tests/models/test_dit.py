@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import attention
 from rcm_jax.models import DiTConfig
 from tests import tiny
 from tests.tiny import assert_trees_close, relative, x64
@@ -41,6 +42,14 @@ def test_remat_changes_neither_values_nor_gradients(change):
     other_out, other_gradient = value_and_gradient(dataclasses.replace(DEEP, **change))
     np.testing.assert_allclose(other_out, out, rtol=1e-5, atol=1e-5)
     assert_trees_close(other_gradient, gradient, rtol=1e-4, atol=1e-4)  # float32, other orders of sums of 512 terms
+
+
+def test_attention_is_computed_as_the_config_says(monkeypatch):
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "blockwise", None)  # what "auto" stands for here
+    asked = tiny.boxed_init(dataclasses.replace(tiny.MODEL, attention="reference"))
+    jax.eval_shape(asked, jax.random.key(0))
+    with pytest.raises(AttributeError, match="'NoneType'"):
+        jax.eval_shape(tiny.boxed_init(), jax.random.key(0))
 
 
 def test_bfloat16_compute_gives_float32_output_near_that_of_float32():
@@ -110,6 +119,7 @@ def test_a_fresh_network_predicts_zero_and_its_parameters_are_float32_with_logic
         ({"dtype": "float33"}, "'float33' is none of float32"),
         ({"num_heads": 3}, "num_heads 3 .*dim 16"),
         ({"remat": "some"}, "'some' is none of none, full, save_attention"),
+        ({"attention": "tritn"}, "attention 'tritn' is none of auto, reference, blockwise, triton, pallas_tpu"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_their_numbers(change, message):

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import attention
 from rcm_jax.models import NETWORKS
 from rcm_jax.models.layers import REMAT_POLICIES, patchify, rope_tables, unpatchify
-from rcm_jax.models.wan import Block, Wan, WanConfig
+from rcm_jax.models.wan import Block, Wan, WanConfig, init
 from tests import tiny
 from tests.tiny import assert_trees_close, cases, columns, relative, stem, x64
 from tests.wan import KINDS, TINY, channels_first, channels_last, golden_config, golden_params, inputs, random_params
@@ -157,6 +158,13 @@ def test_remat_changes_neither_values_nor_tangents_nor_gradients(remat):
     assert_trees_close(other_values, values, rtol=1e-6, atol=1e-6)  # to the bit on the machines we saw
     for other, gradient in zip(other_gradients, gradients, strict=True):  # sums of float32 in another order
         jax.tree.map(lambda a, b: np.testing.assert_array_less(relative(a, b), 2e-6), other, gradient)
+
+
+def test_all_three_attentions_are_computed_as_the_config_says(monkeypatch):
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "blockwise", None)  # what "auto" stands for here
+    jax.eval_shape(lambda key: init(replace(CLIP, attention="reference"), key), jax.random.key(0))
+    with pytest.raises(AttributeError, match="'NoneType'"):
+        jax.eval_shape(lambda key: init(CLIP, key), jax.random.key(0))
 
 
 def test_no_gradient_is_zero():
@@ -359,6 +367,7 @@ def test_products_outside_bfloat16_blocks_have_the_dtypes_of_the_policy(time_dty
         ({"dtype": "float33"}, "dtype 'float33' is none of float32, bfloat16, float16, float64"),
         ({"time_dtype": "int8"}, "time_dtype 'int8' is none of float32, bfloat16, float16, float64"),
         ({"remat": "some"}, "remat 'some' is none of none, full, save_attention"),
+        ({"attention": "cudnn"}, "attention 'cudnn' is none of auto, reference, blockwise, triton, pallas_tpu"),
         ({"model_type": "v2v"}, "model_type 'v2v' is none of t2v, i2v"),
         ({"clip_dim": 10}, "clip_dim 10 does not fit model_type 't2v'"),
         ({"model_type": "i2v", "in_dim": 6, "clip_dim": -1}, "clip_dim -1 does not fit model_type 'i2v'"),
