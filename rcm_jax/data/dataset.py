@@ -20,7 +20,8 @@ class Dataset:
     test: Any | None
     uncond: Any  # the conditions that guidance replaces, without the leading axis: null class, negative prompt
     num_classes: int | None  # None: not of classes
-    to_image: Callable | None  # x0 [n, ...] -> numpy images in [0, 1]; None: it takes a decoder
+    to_image: Callable | None  # x0 [n, ...] -> numpy images in [0, 1]; None: it takes a decoder, or is no image
+    velocity: Callable | None = None  # F(params, x, t, cond) of the data themselves, where it is known; ignores params
 
     @property
     def first(self) -> dict:

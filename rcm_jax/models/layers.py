@@ -18,8 +18,9 @@ REMAT_POLICIES = {
 def check_config(config, sizes) -> None:
     """ValueError unless the named sizes are positive, heads divide dim, and dtypes, remat and attention are known."""
     for name in sizes:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+        least = 2 if name == "freq_dim" else 1  # cosines and sines
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
     if config.dim % getattr(config, "num_heads", 1):
         raise ValueError(f"num_heads {config.num_heads} does not divide dim {config.dim}")
     known = {"dtype": DTYPES, "time_dtype": DTYPES, "remat": REMAT_POLICIES, "attention": choices()}

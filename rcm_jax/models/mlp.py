@@ -1,0 +1,59 @@
+"""A small residual network on vectors, for data of a few dimensions."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from rcm_jax.models.layers import check_config, dense, sinusoids
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConfig:
+    """Sizes of an MLP on vectors [b, features]; the label num_classes is the null class of guidance."""
+
+    num_classes: int
+    features: int = 2
+    dim: int = 128
+    num_layers: int = 3
+    freq_dim: int = 32  # cosines and sines of the time
+    max_frequency: float = 8.0  # per unit of time: higher resolves t better and makes dF/dt larger
+    dtype: str = "float32"  # compute dtype; parameters, time embedding and output are float32
+
+    @property
+    def wide(self):
+        """The dtype of time embedding and output: float32, whatever narrower dtype computes the layers."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+    def __post_init__(self):
+        check_config(self, ("num_classes", "features", "dim", "num_layers", "freq_dim"))
+
+
+class MLP(nn.Module):
+    """F or v of vectors x [b, features] at times t [b] for labels [b] (int): [b, features], float32.
+
+    Every layer is residual and sees time and label. SiLU is smooth: the derivative in t is part of the method.
+    """
+
+    config: MLPConfig
+
+    @nn.compact
+    def __call__(self, x, t, label):
+        c = self.config
+        if x.ndim != 2 or x.shape[-1] != c.features:
+            raise ValueError(f"the MLP takes x of [b, features = {c.features}], got {list(x.shape)}")
+        frequencies = jnp.geomspace(1.0, c.max_frequency, c.freq_dim // 2)
+        emb_bc = dense(c.dim, "time", dtype=c.wide)(sinusoids(t, frequencies))
+        emb_bc = emb_bc + nn.Embed(
+            c.num_classes + 1,
+            c.dim,
+            name="label",
+            embedding_init=nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vector", "embed")),
+        )(label)
+        emb_bc = nn.silu(emb_bc).astype(c.dtype)
+
+        h_bc = dense(c.dim, "in", dtype=c.dtype, axes=("features", "embed"))(x)
+        for i in range(c.num_layers):
+            shift = dense(c.dim, f"condition_{i}", dtype=c.dtype, use_bias=False)(emb_bc)
+            h_bc = h_bc + nn.silu(dense(c.dim, f"layer_{i}", dtype=c.dtype)(h_bc) + shift)
+        return dense(c.features, "out", dtype=c.wide, init=nn.initializers.zeros)(h_bc)
