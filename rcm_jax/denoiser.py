@@ -5,7 +5,7 @@ of arrays [b, ...]. A network is net(params, x, time [b], cond) in its own conve
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,14 @@ import jax.numpy as jnp
 from rcm_jax import trigflow
 
 Velocity = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
+
+
+class Velocities(NamedTuple):
+    """F of each network of a distillation; the teacher's takes cond = (cond, uncond) and applies the guidance."""
+
+    student: Velocity
+    teacher: Velocity
+    fake_score: Velocity
 
 
 def from_trigflow(net, time_scale: float = 1.0) -> Velocity:

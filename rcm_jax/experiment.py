@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from rcm_jax import checkpoint, denoiser, samplers
 from rcm_jax.config import build, flatten
-from rcm_jax.data import DigitsConfig, LatentsConfig
+from rcm_jax.consistency import DcmConfig, ScmConfig
+from rcm_jax.data import DigitsConfig, LatentsConfig, MixtureConfig
 from rcm_jax.data.dataset import Dataset
-from rcm_jax.models import NETWORKS, DiTConfig, WanConfig
+from rcm_jax.models import NETWORKS, DiTConfig, MLPConfig, WanConfig
 from rcm_jax.models.layers import DTYPES
 from rcm_jax.sharding import MeshConfig
 from rcm_jax.steps import DiffusionConfig, RcmConfig, student_updates
@@ -22,8 +23,12 @@ from rcm_jax.trigflow import LogNormal, ShiftedUniform
 KINDS = {
     "digits": DigitsConfig,
     "latents": LatentsConfig,
+    "mixture": MixtureConfig,
     "dit": DiTConfig,
+    "mlp": MLPConfig,
     "wan": WanConfig,
+    "scm": ScmConfig,
+    "dcm": DcmConfig,
     "log_normal": LogNormal,
     "shifted_uniform": ShiftedUniform,
 }
@@ -49,6 +54,8 @@ class SamplingConfig:
     def __post_init__(self):
         if self.teacher_solver not in samplers.SOLVERS:
             raise ValueError(f"teacher_solver {self.teacher_solver!r} is none of {', '.join(samplers.SOLVERS)}")
+        if not self.mid_times:
+            raise ValueError("mid_times is empty: its first entry, (), makes samples of one step")
         for k, times in enumerate(self.mid_times, 1):
             if len(times) != k - 1:
                 raise ValueError(f"mid_times[{k - 1}] is for {k} steps: it needs {k - 1} times, got {list(times)}")
@@ -59,7 +66,7 @@ class SamplingConfig:
 class Generator:
     """A network and what it predicts: all that a converted checkpoint says of itself."""
 
-    model: DiTConfig | WanConfig
+    model: DiTConfig | MLPConfig | WanConfig
     parametrization: str  # what the network predicts, and of what
     time_scale: float  # the network is given time_scale × its own time
 
@@ -75,7 +82,7 @@ class Pretraining(Generator):
     """What makes a teacher, whole: the config of a teacher's workdir."""
 
     seed: int
-    data: DigitsConfig | LatentsConfig
+    data: DigitsConfig | LatentsConfig | MixtureConfig
     pretrain: PretrainConfig
     sampling: SamplingConfig
     mesh: MeshConfig
@@ -86,14 +93,20 @@ class Experiment(Pretraining):
     """A distillation, whole, with the pretraining of its teacher if it has one."""
 
     pretrain: PretrainConfig | None
-    teacher: str  # workdir of a teacher; "": pretrain one first
+    teacher: str  # workdir of a teacher; "": pretrain one first, if pretrain says how
     rcm: RcmConfig
     train: TrainConfig
     teacher_dtype: str = "float32"  # of the teacher's parameters in memory; those that are trained are float32
+    exact_teacher: bool = False  # F_T is the data's own velocity; a pretrained network is only where the student starts
+
+    @property
+    def has_start(self) -> bool:
+        """Whether the student starts from a trained network, not from random parameters."""
+        return bool(self.teacher) or self.pretrain is not None
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.teacher and self.pretrain is None:
+        if self.rcm.needs_teacher and not self.exact_teacher and not self.has_start:
             raise ValueError(
                 "teacher is empty, and this experiment has no pretraining: set config.teacher to the workdir of one "
                 "(scripts/convert_checkpoint.py makes it from published weights)"

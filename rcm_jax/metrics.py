@@ -61,15 +61,20 @@ class Mean:
     """Running means of scalar metrics that stay on the device until read: logging does not stall the step."""
 
     def __init__(self):
-        self.rows = []
+        self.rows, self.steps = [], 0
 
-    def add(self, metrics: dict) -> None:
-        """Remember one step's scalars (phases have different names)."""
+    def add(self, metrics: dict, steps: int = 1) -> None:
+        """Remember one step's scalars (phases have different names), or something that is no step, with steps = 0."""
         self.rows.append(metrics)
+        self.steps += steps
 
     def read(self) -> dict[str, float]:
-        """Mean of every name over the steps that had it, then forget."""
-        rows, self.rows = jax.device_get(self.rows), []
-        names = {name for row in rows for name in row}
-        values = {name: [float(row[name]) for row in rows if name in row] for name in sorted(names)}
-        return {name: sum(v) / len(v) for name, v in values.items()}
+        """Mean of every name over the steps that had it, then forget. Pairs are sum and count; a count of 0 is none."""
+        rows, self.rows, self.steps = jax.device_get(self.rows), [], 0
+        totals = {}
+        for row in rows:
+            for name, value in row.items():
+                total, count = value if isinstance(value, tuple) else (value, 1)
+                before = totals.get(name, (0.0, 0))
+                totals[name] = before[0] + float(total), before[1] + int(count)
+        return {name: total / count for name, (total, count) in sorted(totals.items()) if count}

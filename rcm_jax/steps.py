@@ -12,20 +12,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rcm_jax import denoiser, losses, trigflow
+from rcm_jax import denoiser, dmd, losses, stability, trigflow, weighting
+from rcm_jax.consistency import TERMS, DcmConfig, ScmConfig, TimeDistribution
+from rcm_jax.denoiser import Velocities
+from rcm_jax.dmd import DmdConfig
+from rcm_jax.keys import named_keys
 from rcm_jax.optimizer import OptimizerConfig, ema_update, make_optimizer, power_ema_beta, power_ema_exponent
-from rcm_jax.rollout import random_times, rollout
 from rcm_jax.train_state import Teacher, TrainState, make_learner
-
-TimeDistribution = trigflow.LogNormal | trigflow.ShiftedUniform
 
 
 class Method(NamedTuple):
-    """What the trainer runs: init(params) -> TrainState, phase(step) -> name (on the host), steps[name]."""
+    """What the trainer runs: init(params) -> TrainState, phase(step) -> name (on the host), steps[name].
+
+    probe(state, teacher, batch, key) -> metrics, if there is one, looks at the state now and then.
+    """
 
     init: Callable
     phase: Callable[[int], str]
     steps: dict[str, Callable]
+    probe: Callable | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,84 +50,88 @@ class DiffusionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RcmConfig:
-    """rCM (arXiv 2510.08431): scm_scale·sCM + dmd_scale·DMD for the student, a fake score trained in between."""
+    """rCM (arXiv 2510.08431), or either half of it: a consistency loss, forward divergence; DMD, reverse divergence."""
 
-    scm_time: TimeDistribution  # p_G
-    dmd_time: TimeDistribution  # p_D, of the score time and of the rollout
     student: OptimizerConfig
-    fake_score: OptimizerConfig
     guidance: float
-    scm_scale: float = 100.0
-    dmd_scale: float = 1.0  # lambda = dmd_scale/scm_scale; grows like sqrt(2e6/D) for small D
-    update_freq: int = 5  # one student step in so many iterations
-    warmup: int = 0  # H: iterations of sCM alone, while r grows to 1
-    warmup_form: str = "paper"
-    max_rollout: int = 4
+    consistency: ScmConfig | DcmConfig | None
+    dmd: DmdConfig | None
+    warmup: int = 0  # H: iterations of consistency alone, while r grows to 1
     ema_std: float = 0.05
 
     def __post_init__(self):
         power_ema_exponent(self.ema_std)
-        if self.warmup_form not in losses.WARMUP_FORMS:
-            raise ValueError(f"warmup_form {self.warmup_form!r} is none of {', '.join(losses.WARMUP_FORMS)}")
-        if self.update_freq < 1 or self.max_rollout < 1 or self.warmup < 0:
-            raise ValueError(
-                f"update_freq {self.update_freq} and max_rollout {self.max_rollout} must be at least 1, "
-                f"warmup {self.warmup} at least 0"
-            )
+        if self.consistency is None and self.dmd is None:
+            raise ValueError("consistency and dmd are both None: there is nothing to train by")
+        if self.warmup < 0:
+            raise ValueError(f"warmup {self.warmup} must be at least 0")
+        if self.warmup and not self.has_both and not isinstance(self.consistency, ScmConfig):
+            raise ValueError(f"warmup {self.warmup} has neither a tangent nor DMD to wait for: set it to 0")
+        if self.guidance != 1.0 and not self.needs_teacher:
+            raise ValueError(f"guidance {self.guidance} is a teacher's, and these losses ask none: set it to 1")
 
+    @property
+    def has_both(self) -> bool:
+        return self.consistency is not None and self.dmd is not None
 
-class Velocities(NamedTuple):
-    """F(params, x, t, cond) of each network; the teacher's takes (cond, uncond) and applies the guidance."""
+    @property
+    def name(self) -> str:
+        """What the field calls it."""
+        names = ([self.consistency.name] if self.consistency else []) + (["DMD"] if self.dmd else [])
+        return "rCM" if names == ["sCM", "DMD"] else " + ".join(names)
 
-    student: denoiser.Velocity
-    teacher: denoiser.Velocity
-    fake_score: denoiser.Velocity
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the losses ask a teacher (a student may start from one in any case)."""
+        return self.dmd is not None or self.consistency.needs_teacher
 
 
 def diffusion_method(config: DiffusionConfig, F: denoiser.Velocity, uncond) -> Method:
     """Pretraining as a method: one phase, state.student is the network, no teacher and no fake score."""
     optimizer = make_optimizer(config.optimizer)
     step = partial(diffusion_step, config, F, optimizer, uncond)
-    return Method(partial(_init, optimizer, None), lambda i: "diffusion", {"diffusion": step})
+    return Method(partial(_init, {"student": optimizer}), lambda i: "diffusion", {"diffusion": step})
 
 
 def rcm_method(config: RcmConfig, velocities: Velocities) -> Method:
-    """Distillation as a method: warmup (sCM alone), student (sCM + DMD) and critic (fake score) phases."""
-    student, fake_score = make_optimizer(config.student), make_optimizer(config.fake_score)
-    scm_alone = partial(student_step, config, velocities, student, with_dmd=False)
-    if not config.dmd_scale:  # nothing needs a fake score
-        steps = {"warmup": scm_alone, "student": scm_alone}
-        return Method(partial(_init, student, None), partial(rcm_phase, config), steps)
-    steps = {
-        "warmup": scm_alone,
-        "student": partial(student_step, config, velocities, student, with_dmd=True),
-        "critic": partial(critic_step, config, velocities, fake_score),
-    }
-    return Method(partial(_init, student, fake_score), partial(rcm_phase, config), steps)
+    """Distillation as a method: warmup (consistency alone), student (all losses) and critic (fake score) phases."""
+    optimizers, terms, probe = {"student": make_optimizer(config.student)}, {}, None
+    if config.consistency:
+        terms["consistency"] = partial(consistency_term, config, velocities)
+        if config.consistency.weighting:
+            optimizers["weighting"] = make_optimizer(config.consistency.weighting)
+        if getattr(config.consistency, "derivative", None) == "jvp":
+            probe = partial(stability.probe, config.consistency, velocities)
+    if config.dmd:
+        terms["dmd"] = partial(dmd_term, config, velocities)
+        optimizers["fake_score"] = make_optimizer(config.dmd.fake_score)
+    steps = {"student": partial(student_step, config, optimizers, terms)}
+    if config.dmd:
+        steps["critic"] = partial(critic_step, config, velocities, optimizers["fake_score"])
+    if config.has_both:
+        steps["warmup"] = partial(student_step, config, optimizers, {"consistency": terms["consistency"]})
+    return Method(partial(_init, optimizers), partial(rcm_phase, config), steps, probe)
 
 
 def rcm_phase(config: RcmConfig, i: int) -> str:
     """Student if i < H or (i − H) % update_freq == 0, else critic; DMD joins once i > H. Without DMD: no critic."""
-    if config.dmd_scale and i >= config.warmup and (i - config.warmup) % config.update_freq:
+    if config.dmd and i >= config.warmup and (i - config.warmup) % config.dmd.update_freq:
         return "critic"
-    return "student" if i > config.warmup else "warmup"
+    return "warmup" if config.has_both and i <= config.warmup else "student"
 
 
-def student_updates(config: RcmConfig, steps: int) -> int:
-    """How many of the first `steps` iterations update the student."""
-    after = max(steps - config.warmup, 0)
-    return min(steps, config.warmup) + (-(-after // config.update_freq) if config.dmd_scale else after)
+def student_updates(config: RcmConfig, steps):
+    """How many of the first `steps` iterations (an int or an array of it) update the student."""
+    after = (steps - config.warmup) * (steps > config.warmup)
+    return steps - after + (-(-after // config.dmd.update_freq) if config.dmd else after)
 
 
-def _init(optimizer, fake_optimizer, params) -> TrainState:
+def _init(optimizers: dict, params) -> TrainState:
     """Every network starts from the same parameters; each leaf is a buffer of its own, so that all can be donated."""
     copy = partial(jax.tree.map, jnp.copy)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        student=make_learner(copy(params), optimizer),
-        ema=copy(params),
-        fake_score=None if fake_optimizer is None else make_learner(copy(params), fake_optimizer),
-    )
+    start = {"student": params, "fake_score": params, "weighting": weighting.init()}
+    learners = {name: make_learner(copy(start[name]), optimizer) for name, optimizer in optimizers.items()}
+    return TrainState(step=jnp.zeros((), jnp.int32), ema=copy(params), **learners)
 
 
 def diffusion_step(config, F, optimizer, uncond, state: TrainState, teacher: None, batch, key):
@@ -139,55 +148,62 @@ def diffusion_step(config, F, optimizer, uncond, state: TrainState, teacher: Non
         loss_b, metrics = losses.diffusion(F(params, trigflow.diffuse(x0, eps, t), t, cond), x0, eps, t)
         return jnp.mean(loss_b) / x0[0].size, {f"diffusion/{k}": v for k, v in metrics.items()}
 
-    return _update_student(config, optimizer, state, loss)
+    grads, metrics = jax.grad(loss, has_aux=True)(state.student.params)
+    return _update_student(config, optimizer, state, grads, metrics)
 
 
-def student_step(config, velocities, optimizer, state: TrainState, teacher: Teacher, batch, key, *, with_dmd: bool):
-    """One student update: scm_scale·sCM, plus dmd_scale·DMD after the warm-up; then the EMA."""
+def student_step(config, optimizers: dict, terms: dict, state: TrainState, teacher: Teacher, batch, key):
+    """One student update on the sum of the terms, and one of the adaptive weighting with it; then the EMA."""
     keys = named_keys(key, "time", "noise", "dmd")
-    x0, cond = batch["x0"], batch["cond"]
-    t = config.scm_time.sample(keys["time"], x0.shape[:1])
-    x_t = trigflow.diffuse(x0, jax.random.normal(keys["noise"], x0.shape), t)
-    F_teacher = velocities.teacher(teacher.params, x_t, t, (cond, teacher.uncond))
+    trained = {"student": state.student.params}
+    if state.weighting:
+        trained["weighting"] = state.weighting.params
+
+    def loss(params):
+        results = [term(params, state, teacher, batch, keys) for term in terms.values()]
+        return jnp.mean(sum(loss_b for loss_b, _ in results)), {k: v for _, m in results for k, v in m.items()}
+
+    grads, metrics = jax.grad(loss, has_aux=True)(trained)
+    before = state.weighting
+    state, metrics = _update_student(config, optimizers["student"], state, grads["student"], metrics)
+    if before:
+        after, norm, applied = before.update(grads["weighting"], optimizers["weighting"])
+        kept = metrics["student/skipped"] == 0  # an update is skipped whole
+        state = state.replace(weighting=jax.tree.map(lambda a, b: jnp.where(kept, a, b), after, before))
+        metrics |= {"weighting/grad_norm": norm, "weighting/skipped": 1.0 - applied}
+    return state, metrics
+
+
+def consistency_term(config: RcmConfig, velocities, params, state: TrainState, teacher, batch, keys):
+    """scale·consistency, adaptively weighted if asked for: (loss [b], metrics)."""
+    consistency = config.consistency
+    name, term = TERMS[type(consistency)]
     r = jnp.minimum(1.0, state.step / config.warmup) if config.warmup else 1.0
-
-    def loss(params):
-        loss_b, scm_metrics = losses.scm(
-            velocities.student, params, x_t, t, cond, F_teacher, r=r, warmup_form=config.warmup_form
-        )
-        loss_b = config.scm_scale * loss_b
-        metrics = {f"scm/{k}": v for k, v in scm_metrics.items()}
-        if with_dmd:
-            dmd_b, dmd_metrics = dmd_loss(config, velocities, params, state, teacher, batch, keys["dmd"])
-            loss_b = loss_b + config.dmd_scale * dmd_b
-            metrics |= {f"dmd/{k}": v for k, v in dmd_metrics.items()}
-        return jnp.mean(loss_b), metrics
-
-    return _update_student(config, optimizer, state, loss)
+    loss_b, t, metrics = term(consistency, velocities, params["student"], teacher, batch, keys, r)
+    metrics |= stability.by_time(metrics, t)
+    if "weighting" in params:
+        size = batch["x0"][0].size
+        metrics["log_weight"] = log_weight = weighting.log_weight(params["weighting"], t, size)
+        # A sample left out must not raise the weight of its time.
+        loss_b = jnp.where(metrics["nonfinite"] > 0, 0.0, losses.adaptive(loss_b, log_weight, size))
+    return consistency.scale * loss_b, {f"{name}/{k}": v for k, v in metrics.items()}
 
 
-def dmd_loss(config, velocities, params, state: TrainState, teacher: Teacher, batch, key):
-    """(7) at the student's own rollout: (loss [b], metrics); the gradient passes through the last f of the rollout."""
-    keys = named_keys(key, "rollout", "time", "noise")
-    cond = batch["cond"]
-    x0 = draw_rollout(config, velocities.student, params, batch, keys["rollout"])
-    t = config.dmd_time.sample(keys["time"], x0.shape[:1])
-    x_t = trigflow.diffuse(jax.lax.stop_gradient(x0), jax.random.normal(keys["noise"], x0.shape), t)
-    F_teacher = velocities.teacher(teacher.params, x_t, t, (cond, teacher.uncond))
-    F_fake = velocities.fake_score(state.fake_score.params, x_t, t, cond)
-    return losses.dmd(x0, x_t, t, F_teacher, F_fake)
+def dmd_term(config: RcmConfig, velocities, params, state: TrainState, teacher, batch, keys):
+    """scale·DMD: (loss [b], metrics)."""
+    count = student_updates(config, state.step)
+    loss_b, metrics = dmd.student_loss(
+        config.dmd, velocities, params["student"], state.fake_score.params, teacher, batch, keys["dmd"], count
+    )
+    return config.dmd.scale * loss_b, {f"dmd/{k}": v for k, v in metrics.items()}
 
 
-def critic_step(config, velocities, optimizer, state: TrainState, teacher: Teacher, batch, key):
+def critic_step(config: RcmConfig, velocities, optimizer, state: TrainState, teacher: Teacher, batch, key):
     """(8) One fake-score update: regression on the student's rollout."""
-    keys = named_keys(key, "rollout", "time", "noise")
-    x0 = jax.lax.stop_gradient(draw_rollout(config, velocities.student, state.student.params, batch, keys["rollout"]))
-    t = config.dmd_time.sample(keys["time"], x0.shape[:1])
-    eps = jax.random.normal(keys["noise"], x0.shape)
-    x_t = trigflow.diffuse(x0, eps, t)
+    count = state.step - student_updates(config, state.step)
 
     def loss(params):
-        loss_b, metrics = losses.diffusion(velocities.fake_score(params, x_t, t, batch["cond"]), x0, eps, t)
+        loss_b, metrics = dmd.critic_loss(config.dmd, velocities, state.student.params, params, batch, key, count)
         return jnp.mean(loss_b), {f"critic/{k}": v for k, v in metrics.items()}
 
     grads, metrics = jax.grad(loss, has_aux=True)(state.fake_score.params)
@@ -196,19 +212,8 @@ def critic_step(config, velocities, optimizer, state: TrainState, teacher: Teach
     return state.replace(step=state.step + 1, fake_score=fake_score), _means(metrics)
 
 
-def draw_rollout(config, F, params, batch, key):
-    """A rollout of n ~ U{1..max_rollout} steps (n traced) at random times, on the conditions of the batch."""
-    keys = named_keys(key, "length", "times", "noise")
-    shape = batch["x0"].shape
-    n = jax.random.randint(keys["length"], (), 1, config.max_rollout + 1)
-    times = random_times(keys["times"], config.dmd_time, config.max_rollout, shape[0])
-    noise = jax.random.normal(keys["noise"], (config.max_rollout, *shape))
-    return rollout(F, params, noise, times, n, batch["cond"])
-
-
-def _update_student(config, optimizer, state: TrainState, loss):
-    """grad of loss(params) -> (scalar, metrics), optimizer, EMA."""
-    grads, metrics = jax.grad(loss, has_aux=True)(state.student.params)
+def _update_student(config, optimizer, state: TrainState, grads, metrics):
+    """Gradients and metrics of the student's loss -> (state after the optimizer and the EMA, means of the metrics)."""
     student, norm, applied = state.student.update(grads, optimizer)
     beta = power_ema_beta(state.student.updates, power_ema_exponent(config.ema_std))
     ema = ema_update(state.ema, student.params, jnp.where(applied, beta, 1.0))
@@ -217,9 +222,5 @@ def _update_student(config, optimizer, state: TrainState, loss):
 
 
 def _means(metrics):
-    return jax.tree.map(jnp.mean, metrics)
-
-
-def named_keys(key, *names) -> dict:
-    """One key per name, from one key."""
-    return dict(zip(names, jax.random.split(key, len(names)), strict=True))
+    """Means over the batch; pairs (sum, count) stay, for the mean over several steps."""
+    return {name: value if isinstance(value, tuple) else jnp.mean(value) for name, value in metrics.items()}

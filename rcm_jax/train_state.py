@@ -30,12 +30,16 @@ class Learner:
 
 @flax.struct.dataclass
 class TrainState:
-    """`step` counts iterations of every phase; `ema` averages the student; `fake_score` is None in pretraining."""
+    """`step` counts iterations of every phase; `ema` averages the student.
+
+    `fake_score` and `weighting` (the adaptive weighting of a loss) are None where the method has none.
+    """
 
     step: jax.Array  # [] int32
     student: Learner
     ema: Any
-    fake_score: Learner | None
+    fake_score: Learner | None = None
+    weighting: Learner | None = None
 
 
 @flax.struct.dataclass

@@ -97,8 +97,10 @@ def fit(
                 bar.update()
                 stopping = stop()
                 last = stopping or step == config.steps
+                if "probe" in compiled and step % config.sample_every == 0:
+                    mean.add(compiled["probe"](state, teacher, batch), steps=0)
                 if last or step % config.log_every == 0:
-                    count, values = len(mean.rows), mean.read()
+                    count, values = mean.steps, mean.read()
                     writer.write(step, values)
                     bar.set_postfix(_shown(values), refresh=False)
                     _check_updates(values, step, count)
@@ -128,15 +130,20 @@ def _check_updates(values: dict, step: int, count: int) -> None:
 
 
 def compile_steps(method: Method, shardings, key) -> dict[str, Callable]:
-    """Each phase, jitted: (state, teacher, batch) -> (state, metrics). The state is donated; keys follow its step."""
+    """Each phase, jitted: (state, teacher, batch) -> (state, metrics). The state is donated; keys follow its step.
 
-    def compiled(step_fn):
+    The method's probe, if it has one, is there as "probe": it returns metrics alone and leaves the state.
+    """
+
+    def compiled(step_fn, **options):
         def run(state, teacher, batch):
             return step_fn(state, teacher, batch, jax.random.fold_in(key, state.step))
 
-        return jax.jit(run, donate_argnums=0, out_shardings=(shardings, None))
+        return jax.jit(run, **options)
 
-    return {name: compiled(step_fn) for name, step_fn in method.steps.items()}
+    moves = dict(donate_argnums=0, out_shardings=(shardings, None))
+    steps = {name: compiled(step_fn, **moves) for name, step_fn in method.steps.items()}
+    return steps | ({"probe": compiled(method.probe)} if method.probe else {})
 
 
 def _shown(values: dict) -> dict:

@@ -44,7 +44,7 @@ def run(main: Callable[[], None]) -> None:
         except (AttributeError, KeyError) as error:  # an override of a key that the config lacks
             fail("unknown config key: " + re.sub(r"\\n|[\\'\"]", " ", str(error.args[0])))
         except (flags.Error, ValueError, OSError) as error:
-            fail(error)
+            fail(NO_TYPE if "NoneType" in str(error) else error)
 
     app.run(guarded, flags_parser=parse)
 

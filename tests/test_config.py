@@ -127,9 +127,9 @@ def test_the_part_that_makes_the_teacher_is_a_pretraining_without_the_rest():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("rcm.warmup_form", "mine", r"config.rcm: warmup_form 'mine' is none of paper, code"),
-        ("rcm.update_freq", 0, r"config.rcm: update_freq 0"),
-        ("rcm.scm_time.kind", "normal", r"config.rcm.scm_time.kind is 'normal'"),
+        ("rcm.consistency.warmup_form", "mine", r"config.rcm.consistency: warmup_form 'mine' is none of paper, code"),
+        ("rcm.dmd.update_freq", 1, r"config.rcm.dmd: update_freq 1"),
+        ("rcm.consistency.time.kind", "normal", r"config.rcm.consistency.time.kind is 'normal'"),
         ("rcm.student.learning_rate", "big", r"config.rcm.student.learning_rate must be float"),
         ("parametrization", "v", r"config: parametrization 'v' is none of trigflow, rectified_flow, edm"),
         ("data", "cats", r"config.data must be a group|config.data.kind is None; it must be one of digits, latents"),

@@ -12,6 +12,7 @@ from rcm_jax import denoiser, experiment, samplers
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.experiment import SamplingConfig
 from rcm_jax.steps import rcm_phase, student_updates
+from tests import tiny
 from tests.tiny import relative
 
 SAMPLING = SamplingConfig(sigma_max=80.0, mid_times=((), (1.1,), (1.3, 0.8)), teacher_shift=3.0)
@@ -81,10 +82,8 @@ def test_more_student_updates_than_the_learning_rate_lasts_are_refused_with_the_
 
 
 def test_student_updates_are_counted_as_the_phases_make_them():
-    for dmd_scale in (0.0, 1.0):
-        values = digits.get_config().to_dict()
-        values["rcm"]["student"]["decay_steps"] = 0
-        config = experiment.from_mapping(values | {"rcm": values["rcm"] | {"warmup": 5, "dmd_scale": dmd_scale}}).rcm
+    for dmd in (None, tiny.dmd_config()):
+        config = tiny.rcm_config(warmup=5, dmd=dmd)
         for steps in (0, 3, 5, 6, 7, 8, 9, 20):
             phases = [rcm_phase(config, i) for i in range(steps)]
             assert student_updates(config, steps) == len(phases) - phases.count("critic")

@@ -27,13 +27,36 @@ ALLOWED = {
     "rcm_jax.losses": {"rcm_jax.denoiser", "rcm_jax.trigflow"},
     "rcm_jax.rollout": {"rcm_jax.denoiser", "rcm_jax.trigflow"},
     "rcm_jax.samplers": {"rcm_jax.denoiser", "rcm_jax.trigflow"},
-    "rcm_jax.steps": {
+    "rcm_jax.keys": set(),
+    "rcm_jax.weighting": set(),
+    "rcm_jax.consistency": {"rcm_jax.denoiser", "rcm_jax.losses", "rcm_jax.optimizer", "rcm_jax.trigflow"},
+    "rcm_jax.dmd": {
+        "rcm_jax.consistency",
         "rcm_jax.denoiser",
+        "rcm_jax.keys",
         "rcm_jax.losses",
         "rcm_jax.optimizer",
         "rcm_jax.rollout",
+        "rcm_jax.trigflow",
+    },
+    "rcm_jax.stability": {
+        "rcm_jax.consistency",
+        "rcm_jax.denoiser",
+        "rcm_jax.losses",
         "rcm_jax.train_state",
         "rcm_jax.trigflow",
+    },
+    "rcm_jax.steps": {
+        "rcm_jax.consistency",
+        "rcm_jax.denoiser",
+        "rcm_jax.dmd",
+        "rcm_jax.keys",
+        "rcm_jax.losses",
+        "rcm_jax.optimizer",
+        "rcm_jax.stability",
+        "rcm_jax.train_state",
+        "rcm_jax.trigflow",
+        "rcm_jax.weighting",
     },
 }
 NEVER_IN_THE_LIBRARY = {"configs", "scripts", "ml_collections"}

@@ -138,8 +138,9 @@ def numpy_target(problem, r, form, h=1e-5):
     backward = numpy_analytic(params, x - h * c * s * F_T, t - h * (c * s)[:, 0], cond)
     dF = (forward - backward) / (2 * h)
     F = numpy_analytic(params, x, t, cond)
-    r_jvp = r if form == "paper" else 1.0
-    g = -c * np.sqrt(1 - r**2 * s**2) * (F - F_T) - (r * c * s * x + r_jvp * dF)
+    r_jvp = 1.0 if form == "code" else r
+    root = c if form == "scm" else np.sqrt(1 - r**2 * s**2)
+    g = -c * root * (F - F_T) - (r * c * s * x + r_jvp * dF)
     norm = np.linalg.norm(g, axis=1, keepdims=True)
     return F + g / (norm + 0.1), norm[:, 0]
 
@@ -159,6 +160,8 @@ def test_scm_agrees_with_equations_4_to_6_by_finite_differences(problem, r, form
     np.testing.assert_allclose(metrics["tangent_norm"], norm, atol=DIFFERENCES)
     gap = np.linalg.norm(numpy_analytic(*problem[:4]) - problem[4], axis=1)
     np.testing.assert_allclose(metrics["teacher_gap"], gap, atol=1e-12)
+    c_df_dt = numpy_target(problem, 1.0, form)[1] / np.sqrt(2)  # whatever the warm-up
+    np.testing.assert_allclose(metrics["residual"], c_df_dt, atol=DIFFERENCES)
     np.testing.assert_array_equal(metrics["nonfinite"], 0)
 
 

@@ -16,8 +16,8 @@ from rcm_jax.optimizer import (
     power_ema_exponent,
     schedule,
 )
-from rcm_jax.steps import rcm_phase
-from tests.tiny import assert_trees_close, rcm_config, x64
+from rcm_jax.steps import rcm_phase, student_updates
+from tests.tiny import assert_trees_close, dmd_config, rcm_config, x64
 
 CONSTANT = OptimizerConfig(learning_rate=1e-2, b1=0.0, b2=0.99, weight_decay=0.1, warmup_steps=0)
 
@@ -140,11 +140,8 @@ def test_phases_alternate_as_in_the_reference(golden):
     schedules = json.loads((golden / "ema/ema.json").read_text())["phase_schedule"]
     assert schedules
     for schedule_ in schedules:
-        config = rcm_config(
-            warmup=schedule_["tangent_warmup"],
-            update_freq=schedule_["student_update_freq"],
-            dmd_scale=schedule_["loss_scale_dmd"],
-        )
+        dmd = dmd_config(update_freq=schedule_["student_update_freq"]) if schedule_["loss_scale_dmd"] else None
+        config = rcm_config(warmup=schedule_["tangent_warmup"], dmd=dmd)
         phases = [rcm_phase(config, i) for i in schedule_["iteration"]]
         assert [phase != "critic" for phase in phases] == schedule_["is_student_phase"], schedule_
 
@@ -157,7 +154,8 @@ def test_updates_of_the_student_count_the_effective_iteration_of_the_reference(g
     for schedule_ in schedules:
         if schedule_["loss_scale_dmd"] == 0:
             continue  # the reference counts critic phases there that do not run; we count updates
-        config = rcm_config(warmup=schedule_["tangent_warmup"], update_freq=schedule_["student_update_freq"])
+        dmd = dmd_config(update_freq=schedule_["student_update_freq"])
+        config = rcm_config(warmup=schedule_["tangent_warmup"], dmd=dmd)
         effective = zip(
             schedule_["iteration"],
             schedule_["effective_iteration"],
@@ -166,6 +164,9 @@ def test_updates_of_the_student_count_the_effective_iteration_of_the_reference(g
         )
         for i, student, fake in effective:
             critics = [rcm_phase(config, j) == "critic" for j in range(i + 1)]
+            # What cycles the length of rollouts: updates before this one.
+            before = student_updates(config, i)
+            assert (i - before if critics[i] else before) == (fake if critics[i] else student), (schedule_, i)
             # Both count updates done up to and with this iteration, from −1.
             assert critics.count(False) - 1 == student, (schedule_, i)
             assert critics.count(True) - 1 == fake, (schedule_, i)
@@ -174,15 +175,15 @@ def test_updates_of_the_student_count_the_effective_iteration_of_the_reference(g
 
 
 def test_dmd_joins_after_the_warmup_and_warmup_0_starts_with_one_scm_step():
-    assert [rcm_phase(rcm_config(warmup=2, update_freq=3), i) for i in range(9)] == [
+    assert [rcm_phase(rcm_config(warmup=2, dmd=dmd_config(update_freq=3)), i) for i in range(9)] == [
         *("warmup", "warmup", "warmup"),
         *("critic", "critic", "student"),
         *("critic", "critic", "student"),
     ]
-    assert [rcm_phase(rcm_config(warmup=0, update_freq=2), i) for i in range(4)] == [
+    assert [rcm_phase(rcm_config(warmup=0, dmd=dmd_config(update_freq=2)), i) for i in range(4)] == [
         *("warmup", "critic", "student", "critic")
     ]
 
 
 def test_without_dmd_there_is_no_critic_phase():
-    assert "critic" not in {rcm_phase(rcm_config(warmup=3, update_freq=2, dmd_scale=0.0), i) for i in range(50)}
+    assert "critic" not in {rcm_phase(rcm_config(warmup=3, dmd=None), i) for i in range(50)}

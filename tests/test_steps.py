@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from rcm_jax import losses, trigflow
+from rcm_jax.dmd import draw_rollout
+from rcm_jax.keys import named_keys
 from rcm_jax.optimizer import power_ema_beta, power_ema_exponent
-from rcm_jax.steps import draw_rollout, named_keys
 from tests import tiny
 from tests.tiny import assert_trees_close, assert_trees_equal, rcm_config
 
@@ -133,7 +134,7 @@ def test_a_critic_update_with_a_gradient_that_is_not_finite_is_skipped():
 
 def test_without_dmd_the_student_phase_is_scm_alone():
     F, _ = tiny.dit()
-    method = tiny.distillation(F, dmd_scale=0.0)
+    method = tiny.distillation(F, dmd=None)
     assert "critic" not in {method.phase(i) for i in range(40)}
     _, metrics = jax.eval_shape(method.steps["student"], start(), teacher(), batch(), jax.random.key(0))
     assert not [name for name in metrics if name.startswith("dmd")]
@@ -153,7 +154,7 @@ def test_scm_metrics_of_a_warmup_step_are_those_of_the_loss_on_its_draws():
     state, data = start(step=1), batch()
     _, metrics = step("warmup", state, data)
     keys = named_keys(jax.random.key(0), "time", "noise", "dmd")
-    t = config.scm_time.sample(keys["time"], (tiny.BATCH,))
+    t = config.consistency.time.sample(keys["time"], (tiny.BATCH,))
     x_t = trigflow.diffuse(data["x0"], jax.random.normal(keys["noise"], data["x0"].shape), t)
 
     @jax.jit
@@ -169,13 +170,13 @@ def test_scm_metrics_of_a_warmup_step_are_those_of_the_loss_on_its_draws():
 
 def test_rollout_lengths_take_every_value_up_to_the_largest_and_the_last_carries_the_gradient():
     """F = −params makes f = c·x + s·params: the gradient in params is sin of the time of the last step."""
-    config, data = rcm_config(max_rollout=3), batch()
+    config, data = tiny.dmd_config(max_rollout=3), batch()
 
     def F(params, x, t, cond):
         return jnp.full_like(x, -params)
 
     def last_time(key):
-        return jax.grad(lambda p: jnp.mean(draw_rollout(config, F, p, data, key)))(0.0)
+        return jax.grad(lambda p: jnp.mean(draw_rollout(config, F, p, data, key, 0)))(0.0)
 
     gradients = np.asarray(jax.jit(jax.vmap(last_time))(jax.random.split(jax.random.key(0), 40)))
     one_step = np.isclose(gradients, 1.0, atol=1e-6)  # sin(pi/2)

@@ -13,13 +13,15 @@ from jax.extend import core
 
 from kernels import attention
 from rcm_jax import denoiser, experiment, trainer
+from rcm_jax.consistency import ScmConfig
 from rcm_jax.data import DigitsConfig
 from rcm_jax.data.dataset import Dataset
+from rcm_jax.dmd import DmdConfig
 from rcm_jax.models import DiTConfig
 from rcm_jax.models.dit import DiT
 from rcm_jax.optimizer import OptimizerConfig
 from rcm_jax.sharding import MeshConfig, make_mesh
-from rcm_jax.steps import DiffusionConfig, Method, RcmConfig, Velocities, diffusion_method, rcm_method
+from rcm_jax.steps import DiffusionConfig, Method, RcmConfig, diffusion_method, rcm_method
 from rcm_jax.train_state import Teacher
 from rcm_jax.trigflow import LogNormal, ShiftedUniform
 from tests.conftest import GOLDEN
@@ -115,29 +117,30 @@ def boxed_init(config: DiTConfig = MODEL):
     return lambda key: module.init(key, x, t, **cond)["params"]
 
 
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, b2=0.99, warmup_steps=4)
+
+
+def scm_config(**changes) -> ScmConfig:
+    """sCM with scale 1."""
+    return ScmConfig(**dict(time=LogNormal(0.0, 1.0), scale=1.0) | changes)
+
+
+def dmd_config(**changes) -> DmdConfig:
+    """Every third iteration is the student's, in rollouts of up to 3 steps."""
+    values = dict(time=ShiftedUniform(5.0), fake_score=OPTIMIZER, scale=0.2, update_freq=3, max_rollout=3)
+    return DmdConfig(**values | changes)
+
+
 def rcm_config(**changes) -> RcmConfig:
-    """Warm-up of 4 iterations, then every third is the student's."""
-    optimizer = OptimizerConfig(learning_rate=1e-2, b2=0.99, warmup_steps=4)
-    values = dict(
-        scm_time=LogNormal(0.0, 1.0),
-        dmd_time=ShiftedUniform(5.0),
-        student=optimizer,
-        fake_score=optimizer,
-        guidance=2.0,
-        scm_scale=1.0,
-        dmd_scale=0.2,
-        update_freq=3,
-        warmup=4,
-        max_rollout=3,
-        ema_std=0.1,
-    )
+    """Both, after a warm-up of 4 iterations."""
+    values = dict(student=OPTIMIZER, guidance=2.0, consistency=scm_config(), dmd=dmd_config(), warmup=4, ema_std=0.1)
     return RcmConfig(**values | changes)
 
 
 def distillation(F: denoiser.Velocity, **changes) -> Method:
     """The rCM method on one network for all three roles."""
     config = rcm_config(**changes)
-    return rcm_method(config, Velocities(F, denoiser.guided(F, config.guidance), F))
+    return rcm_method(config, denoiser.Velocities(F, denoiser.guided(F, config.guidance), F))
 
 
 def pretraining(F: denoiser.Velocity) -> Method:

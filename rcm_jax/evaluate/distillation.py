@@ -15,8 +15,10 @@ SAMPLES = 3600  # of every row of the table
 BATCH = 400  # sampled at once
 TEACHER_STEPS = (50, 4)
 STUDENT_STEPS = (1, 2, 4)
+HIDDEN = {f"teacher {k}" for k in TEACHER_STEPS[1:]}  # in the table, not in the picture
 SHOWN = 8  # samples of a class in the picture
 BASELINE = f"teacher {TEACHER_STEPS[0]}"
+REAL = "real (training split)"
 
 
 def draw(sampler, params, key, labels, shape) -> np.ndarray:
@@ -43,17 +45,25 @@ def labels_by_class(dataset, each: int) -> np.ndarray:
     return np.repeat(np.arange(dataset.num_classes), each)
 
 
-def write_distillation_report(run: Experiment, workdir, teacher_dir, dataset, F, teacher, ema) -> str:
-    """Writes workdir/report/ (report.png, report.json) and returns the table for the console.
+def write_distillation_report(trained) -> str:
+    """Writes report/ (report.png, report.json) of a pipeline.Trained; returns the table for the console.
 
-    Every row has the same labels, and every generated one starts from the same noise.
+    Every row has the same labels, and every generated one starts from the same noise. Without a teacher the rows are
+    the student's, and ratios are to the real images.
     """
-    samplers = {
-        f"teacher {k}": (teacher_sampler(F, teacher.uncond, run.rcm.guidance, run.sampling, k), teacher.params)
-        for k in TEACHER_STEPS
-    }
+    run, dataset = trained.run, trained.dataset
+    samplers, baseline = {}, REAL
+    if trained.teacher_folder:
+        baseline = BASELINE
+        F, teacher = trained.teacher_F, trained.teacher
+        samplers = {
+            f"teacher {k}": (teacher_sampler(F, teacher.uncond, run.rcm.guidance, run.sampling, k), teacher.params)
+            for k in TEACHER_STEPS
+        }
     student_steps = [k for k in STUDENT_STEPS if k <= len(run.sampling.mid_times)]
-    samplers |= {f"student {k}": (student_sampler(F, run.sampling, k), ema) for k in student_steps}
+    samplers |= {
+        f"student {k}": (student_sampler(trained.network.F, run.sampling, k), trained.state.ema) for k in student_steps
+    }
     key = jax.random.fold_in(jax.random.key(run.seed), 3)
     labels = labels_by_class(dataset, SAMPLES // dataset.num_classes)
     images = {
@@ -63,21 +73,21 @@ def write_distillation_report(run: Experiment, workdir, teacher_dir, dataset, F,
     train = dataset.to_image(dataset.train["x0"]), dataset.train["cond"]["label"]
     test = dataset.to_image(dataset.test["x0"]), dataset.test["cond"]["label"]
     reference = make_reference(*train, *test, jax.random.key(run.seed))
-    rows = {"real (training split)": evaluate_samples(*train, reference)}
+    rows = {REAL: evaluate_samples(*train, reference)}
     rows |= {name: evaluate_samples(samples, labels, reference) for name, samples in images.items()}
 
     shown = (np.arange(dataset.num_classes)[:, None] * (SAMPLES // dataset.num_classes) + np.arange(SHOWN)).ravel()
     panels = {"real digits": _first_of_each_class(*test, dataset.num_classes)}
-    panels |= {_title(name): images[name][shown] for name in (BASELINE, *(f"student {k}" for k in student_steps))}
+    panels |= {_title(name): images[name][shown] for name in images if name not in HIDDEN}
     panels = {name: 1 - pixels for name, pixels in panels.items()}  # ink on paper
     return write_report(
-        pathlib.Path(workdir) / "report",
+        trained.folder / "report",
         panels=panels,
-        curves=_curves(workdir, teacher_dir),
-        rows=table(rows, relative_to=BASELINE),
-        title="rCM on digits",
+        curves=_curves(trained.folder, trained.teacher_folder),
+        rows=table(rows, relative_to=baseline),
+        title=f"{run.rcm.name} on digits",
         footer=f"Seed {run.seed}. Fréchet distances (FD) of {SAMPLES} samples to {len(test[1])} held-out real images; "
-        f"ratios to {BASELINE}.\nThe real row is the {len(train[1])} images that trained the classifier; "
+        f"ratios to {baseline}.\nThe real row is the {len(train[1])} images that trained the classifier; "
         f"its accuracy on the held-out ones is {reference.accuracy:.3f}.",
         columns=SHOWN,
         row_labels=[str(c) for c in range(dataset.num_classes)],
@@ -95,15 +105,16 @@ def _title(name):
 
 
 def _curves(workdir, teacher_dir) -> dict:
-    """Loss and norm curves of both trainings, from their metrics files."""
+    """Loss and norm curves of the trainings that there were, from their metrics files."""
 
     def series(folder, name):
-        points = [(row["step"], row[name]) for row in read_metrics(folder) if row.get(name) is not None]
+        rows = read_metrics(folder) if folder else []
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         return np.array(points, float).reshape(-1, 2)
 
     plots = {
         "teacher loss": {"diffusion": series(teacher_dir, "diffusion/loss")},
-        "student losses": {"sCM": series(workdir, "scm/loss"), "DMD": series(workdir, "dmd/loss")},
+        "student losses": {name: series(workdir, f"{name.lower()}/loss") for name in ("sCM", "dCM", "DMD")},
         "fake score loss": {"critic": series(workdir, "critic/loss")},
         "norms": {
             "tangent": series(workdir, "scm/tangent_norm"),

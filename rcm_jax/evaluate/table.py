@@ -27,6 +27,12 @@ COLUMNS = {
     "frechet_features_ratio": ("FD features", "ratio", ".2f", "low"),
     "frechet_pixels_ratio": ("FD pixels", "ratio", ".2f", "low"),
     "diversity_ratio": ("diversity", "ratio", ".2f", None),
+    "map_error": ("map", "error", ".3f", "low"),
+    "mmd": ("", "MMD²", ".4f", "low"),
+    "sliced_wasserstein": ("sliced", "Wasserstein", ".3f", "low"),
+    "mode_kl": ("modes", "KL", ".4f", "low"),
+    "modes_lost": ("modes", "lost", ".1f", "low"),
+    "variance": ("variance", "ratio", ".2f", None),
 }
 RATIOS = ("frechet_features", "frechet_pixels", "diversity")
 

@@ -1,0 +1,107 @@
+"""Every method by name, in every training config: an experiment that traces, phase by phase."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits, methods, mixture, wan_1_3b, wan_14b
+from rcm_jax import denoiser, experiment
+from rcm_jax.steps import rcm_method, rcm_phase
+from tests import tiny
+
+CONFIGS = {module.__name__.split(".")[-1]: module for module in (digits, mixture, wan_1_3b, wan_14b)}
+PHASES = {  # and the metrics by which their losses are known
+    "rcm": {"scm", "dmd", "critic"},
+    "rcm_adaptive": {"scm", "dmd", "critic", "weighting"},
+    "scm": {"scm"},
+    "scm_semi": {"scm"},
+    "scm_discrete": {"scm"},
+    "scm_adaptive": {"scm", "weighting"},
+    "sct": {"scm"},
+    "dcm": {"dcm"},
+    "dcm_dmd": {"dcm", "dmd", "critic"},
+    "dmd": {"dmd", "critic"},
+    "dmd_fixed": {"dmd", "critic"},
+}
+
+
+def values_of(module, variant):
+    values = CONFIGS[module].get_config(variant).to_dict()
+    if values["data"].get("path") == "":
+        values["data"]["path"] = "latents"
+        values["teacher"] = "" if variant.endswith("sct") else "teacher"
+    return values
+
+
+@pytest.mark.parametrize("module", CONFIGS)
+@pytest.mark.parametrize("name", PHASES)
+def test_every_method_is_an_experiment_in_every_config(module, name):
+    run = experiment.from_mapping(values_of(module, name))
+    assert {"dmd"} <= PHASES[name] if run.rcm.dmd else "dmd" not in PHASES[name]
+    assert run.rcm.needs_teacher == (name != "sct")
+    rcm = experiment.from_mapping(values_of(module, "rcm"))
+    updates = [experiment.student_updates(e.rcm, e.train.steps) for e in (run, rcm)]
+    if (module, name) != ("digits", "sct"):  # from nothing: it takes more
+        assert updates[0] == updates[1]
+
+
+def test_the_table_of_methods_is_the_one_tested():
+    assert methods.METHODS.keys() == PHASES.keys()
+    for name in PHASES:
+        assert name in methods.__doc__
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_every_method_trains_by_its_losses_alone(name):
+    """Traced on a tiny network: what the phases of the first iterations report."""
+    config = experiment.from_mapping(values_of("digits", name)).rcm
+    F, params = tiny.dit()
+    method = rcm_method(config, denoiser.Velocities(F, denoiser.guided(F, 2.0), F))
+    state = jax.eval_shape(method.init, params)
+    batch = jax.tree.map(lambda a: jnp.asarray(a[: tiny.BATCH]), tiny.arrays())
+    teacher = None if name == "sct" else tiny.teacher(params)
+    phases = {method.phase(i) for i in (0, config.warmup, config.warmup + 1, config.warmup + 3)}
+    seen = set()
+    for phase in phases:
+        after, metrics = jax.eval_shape(method.steps[phase], state, teacher, batch, jax.random.key(0))
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        seen |= {metric.split("/")[0] for metric in metrics}
+    assert seen - {"student"} == PHASES[name]
+    assert (method.probe is not None) == ("scm" in PHASES[name] and config.consistency.derivative == "jvp")
+
+
+def test_the_adaptive_weighting_learns_with_the_student():
+    config = tiny.rcm_config(dmd=None, warmup=0, consistency=tiny.scm_config(weighting=tiny.OPTIMIZER))
+    F, params = tiny.dit()
+    method = rcm_method(config, denoiser.Velocities(F, denoiser.guided(F, 2.0), F))
+    batch = jax.tree.map(lambda a: jnp.asarray(a[: tiny.BATCH]), tiny.arrays())
+    state = method.init(params)
+    after, metrics = jax.jit(method.steps["student"])(state, tiny.teacher(params), batch, jax.random.key(0))
+    np.testing.assert_allclose(metrics["scm/log_weight"], np.log(batch["x0"][0].size), rtol=1e-6)  # at first
+    assert metrics["scm/loss"] < 1  # where e^w/D·L − w falls as w grows
+    assert after.weighting.params["bias"] > 0
+    assert after.weighting.updates == after.student.updates == 1
+    assert np.any(after.weighting.params["kernel"] != 0)
+    batch["x0"] = batch["x0"].at[0].set(jnp.nan)
+    skipped, metrics = jax.jit(method.steps["student"])(after, tiny.teacher(params), batch, jax.random.key(0))
+    assert metrics["student/skipped"] == 1
+    tiny.assert_trees_equal(skipped.weighting, after.weighting)
+
+
+@pytest.mark.parametrize("variant", ["scn", "tiny"])
+def test_an_unknown_variant_is_refused_with_the_known_ones(variant):
+    with pytest.raises(ValueError, match=rf"variant '{variant}' is none of .*scm, "):
+        digits.get_config(variant)
+
+
+def test_pure_dmd_begins_with_dmd():
+    config = experiment.from_mapping(values_of("digits", "dmd")).rcm
+    assert [rcm_phase(config, i) for i in range(4)] == ["student", "critic", "critic", "student"]
+
+
+def test_a_variant_comes_before_the_method_in_whatever_order_they_are_named():
+    one, other = (wan_1_3b.get_config(variant).to_dict() for variant in ("tiny,dcm", "dcm,tiny"))
+    assert one == other
+    with pytest.raises(ValueError, match="variant 'scm,dmd' names 2 methods, scm, dmd: choose one"):
+        digits.get_config("scm,dmd")
