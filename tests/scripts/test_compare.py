@@ -1,0 +1,53 @@
+"""The comparison of methods, with two of them, hardly trained."""
+
+import json
+import os
+import subprocess
+import sys
+
+import imageio.v3 as iio
+
+from tests.scripts.conftest import ROOT
+
+SHRINK = """
+import sys
+sys.path.insert(0, "scripts")
+import compare
+from rcm_jax.evaluate import mixture_report
+compare.RUNS = {name: compare.RUNS[name] for name in ("dCM", "rCM, λ = 0.001")}
+assert mixture_report.SAMPLES
+mixture_report.SAMPLES = 200
+compare.common.run(compare.main)
+"""
+TINY = [
+    "--config.train.steps=16",
+    "--config.train.batch_size=8",
+    "--config.train.sample_every=100",
+    "--config.pretrain.train.steps=2",
+    "--config.pretrain.train.batch_size=8",
+    "--config.rcm.warmup=1",
+    "--config.data.examples=64",
+    "--config.model.dim=8",
+]
+
+
+def test_methods_are_compared_from_one_start(tmp_path):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    process = subprocess.run(
+        [sys.executable, "-c", SHRINK, f"--workdir={tmp_path / 'run'}", "--seeds=3", *TINY],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    folder = tmp_path / "run"
+    assert json.loads((folder / "seed3/rcm_0.001/config.json").read_text())["teacher"] == str(
+        folder / "seed3/dcm/teacher"
+    )
+    assert not (folder / "seed3/rcm_0.001/teacher").exists()
+    record = json.loads((folder / "comparison/report.json").read_text())
+    assert [name for name in record["rows"] if "1 step" in name] == ["dCM, 1 step", "rCM, λ = 0.001, 1 step"]
+    assert len(record["metadata"]["seeds"]["dCM, 4 steps"]) == 1
+    points = record["curves"]["map error of one step, rCM"]["rCM, λ = 0.001"]
+    assert len(points) > 2
+    assert points[-1][0] == 4  # updates of the student in 16 iterations: one of warm-up, then every fifth
+    assert "rCM, λ = 0.001, 4 steps" in process.stdout
+    assert iio.imread(folder / "comparison/report.png").std() > 10
