@@ -51,7 +51,10 @@ def run(main: Callable[[], None]) -> None:
 
 def fail(error) -> None:
     """One line on stderr and exit status 2."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    text = str(error)
+    if "Traceback" in text:  # ml_collections quotes all of it where a config file raises
+        text = text.strip().splitlines()[-1]
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -1,4 +1,4 @@
-"""Draws what rcm_jax.stability watches, from the metrics of one or several workdirs, a row each.
+"""Draws what rcm_jax.stability watches, from the metrics of one or several workdirs, two lines of panels each.
 
 python -m rcm_jax.evaluate.curves digits=runs/digits mixture=runs/mixture --out=curves.png
 """
@@ -29,13 +29,15 @@ PANELS = {
     ),
 }
 COLORS = (*SERIES, INK)
+COLUMNS = 3
 
 
 def draw(runs: dict[str, list[dict]]) -> Figure:
     """A figure of rows of metrics, {name: rows as read_metrics gives them}; a metric that a run lacks is left out."""
-    figure = Figure(figsize=(3.1 * len(PANELS), 2.5 * len(runs)), dpi=100, layout="constrained")
+    lines = len(PANELS) // COLUMNS  # of a run
+    figure = Figure(figsize=(4 * COLUMNS, 2.6 * lines * len(runs)), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(runs), len(PANELS), squeeze=False)
+    axes = figure.subplots(lines * len(runs), COLUMNS, squeeze=False).reshape(len(runs), len(PANELS))
     for row, (name, metrics) in zip(axes, runs.items(), strict=True):
         for axis, (title, (series, logarithmic)) in zip(row, PANELS.items(), strict=True):
             _plot(axis, metrics, series, logarithmic)
@@ -51,9 +53,12 @@ def _plot(axis, metrics, series, logarithmic) -> None:
             axis.plot(*zip(*points, strict=True), color=color, label=label, linewidth=1)
     if logarithmic:
         axis.set_yscale("log")
+        low, high = axis.get_ylim()  # two decades at least: what is level looks level
+        middle, half = math.sqrt(low * high), max(math.sqrt(high / low), 10)
+        axis.set_ylim(middle / half, middle * half)
     else:
         axis.set_ylim(bottom=0)
-    axis.tick_params(labelsize=7, colors=GREY)
+    axis.tick_params(which="both", labelsize=7, colors=GREY)
     axis.spines[["top", "right"]].set_visible(False)
     if axis.lines:
         axis.legend(fontsize=7, frameon=False, ncols=math.ceil(len(axis.lines) / 2))

@@ -29,6 +29,8 @@ VALUES = VALUES.to_dict()
         (["--config.model.num_classes=5"], ["num_classes", "5", "10"]),
         (["--config.mesh.fsdp=3"], ["fsdp=3", "1 devices"]),
         (["--config.teacher=/nowhere/at/all"], ["/nowhere/at/all", "config.json"]),
+        (["--config=configs/digits.py:scn"], ["variant 'scn' is none of rcm,", "scm_adaptive"]),
+        (["--config=configs/digits.py:scm"], ["None in its file"]),  # TINY sets a key of DMD
     ],
     ids=lambda value: value[0] if isinstance(value, list) and value[0].startswith(("-", "e")) else None,
 )
