@@ -13,7 +13,7 @@ from rcm_jax.config import build, flatten
 from rcm_jax.consistency import DcmConfig, ScmConfig
 from rcm_jax.data import DigitsConfig, LatentsConfig, MixtureConfig
 from rcm_jax.data.dataset import Dataset
-from rcm_jax.models import NETWORKS, DiTConfig, MLPConfig, WanConfig
+from rcm_jax.models import NETWORKS, CosmosConfig, DiTConfig, MLPConfig, WanConfig
 from rcm_jax.models.layers import DTYPES
 from rcm_jax.sharding import MeshConfig
 from rcm_jax.steps import DiffusionConfig, RcmConfig, student_updates
@@ -27,6 +27,7 @@ KINDS = {
     "dit": DiTConfig,
     "mlp": MLPConfig,
     "wan": WanConfig,
+    "cosmos": CosmosConfig,
     "scm": ScmConfig,
     "dcm": DcmConfig,
     "log_normal": LogNormal,
@@ -66,7 +67,7 @@ class SamplingConfig:
 class Generator:
     """A network and what it predicts: all that a converted checkpoint says of itself."""
 
-    model: DiTConfig | MLPConfig | WanConfig
+    model: CosmosConfig | DiTConfig | MLPConfig | WanConfig
     parametrization: str  # what the network predicts, and of what
     time_scale: float  # the network is given time_scale × its own time
 

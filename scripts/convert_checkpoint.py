@@ -1,7 +1,7 @@
 """Convert published weights: python scripts/convert_checkpoint.py --model=wan-1.3b --src=FILE_OR_FOLDER --dst=DIR
 
-The source is .safetensors (one file, or shards with an index), .pth or .pt, in the layout of Wan-AI, of NVlabs/rcm or
-of diffusers; which one is seen by the names. DIR becomes a workdir that config.teacher can name.
+The source is .safetensors (one file, or shards with an index), .pth or .pt, in the layout of Wan-AI, of NVlabs/rcm,
+of cosmos-predict2 or of diffusers; which one is seen by the names. DIR becomes a workdir that config.teacher can name.
 """
 
 import common  # noqa: I001  (puts the checkout on the path)
@@ -32,6 +32,7 @@ def main():
     tensors = open_tensors(pathlib.Path(SRC.value))
     if PREFIX.present:
         tensors = convert.under_prefix(tensors, PREFIX.value)
+    tensors = convert.parameters(kind, tensors)
     layout = convert.recognise(kind, tensors, config)
     dtype = None if DTYPE.value == "keep" else jnp.dtype(DTYPE.value)
     count, size, held = common.tally(tensors)

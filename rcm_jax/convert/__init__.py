@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,7 +10,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rcm_jax.config import build
-from rcm_jax.convert import table, wan
+from rcm_jax.convert import cosmos, table, wan
+from rcm_jax.models.cosmos import PUBLISHED as PUBLISHED_COSMOS
+from rcm_jax.models.cosmos import CosmosConfig
 from rcm_jax.models.wan import PUBLISHED as PUBLISHED_WAN
 from rcm_jax.models.wan import WanConfig
 
@@ -23,6 +26,7 @@ class Model(NamedTuple):
     described: Callable[[Any, str], dict]  # (config, layout) -> what config.json says there
     wide: tuple[str, ...]  # parts of names of tensors that an export does not narrow
     generator: dict[str, Any]  # what the published networks predict, as an experiment says it
+    ignored: re.Pattern = re.compile("(?!)")  # names of tensors in files that are no parameters
 
 
 MODELS = {
@@ -33,9 +37,22 @@ MODELS = {
         wan.described,
         wan.WIDE,
         {"parametrization": "rectified_flow", "time_scale": 1000.0},
-    )
+    ),
+    "cosmos": Model(
+        CosmosConfig,
+        cosmos.layouts,
+        cosmos.shapes,
+        cosmos.described,
+        cosmos.WIDE,
+        {"parametrization": "rectified_flow", "time_scale": 1.0},
+        cosmos.IGNORED,
+    ),
 }
-PUBLISHED = {name: ("wan", config) for name, config in PUBLISHED_WAN.items()}
+PUBLISHED = {
+    name: (kind, config)
+    for kind, published in (("wan", PUBLISHED_WAN), ("cosmos", PUBLISHED_COSMOS))
+    for name, config in published.items()
+}
 DTYPES = ("float32", "bfloat16", "float16")  # that weights are published in
 
 
@@ -79,7 +96,15 @@ def check_layout(name: str, config, layout: str) -> None:
 
 def recognise(name: str, tensors: Mapping, config) -> str:
     """The layout of tensors, with or without one of table.PREFIXES; ValueError that lists all that does not fit."""
-    return table.recognise(table.without_prefix(tensors), entries(name, config), f"{name} of this config")
+    return table.recognise(parameters(name, tensors), entries(name, config), f"{name} of this config")
+
+
+def parameters(name: str, tensors: Mapping) -> Mapping:
+    """The tensors without their common prefix, and without what files of that model hold besides parameters."""
+    tensors, ignored = table.without_prefix(tensors), MODELS[name].ignored
+    if not any(map(ignored.fullmatch, tensors)):
+        return tensors
+    return {key: tensor for key, tensor in tensors.items() if not ignored.fullmatch(key)}
 
 
 def from_reference(name: str, tensors: Mapping, config, *, dtype=None, progress=lambda count: None) -> dict:
@@ -96,7 +121,7 @@ def from_reference(name: str, tensors: Mapping, config, *, dtype=None, progress=
     Raises:
       ValueError: that lists every tensor which is missing, unexpected, of another shape or not of a float dtype.
     """
-    tensors = table.without_prefix(tensors)
+    tensors = parameters(name, tensors)
     layouts = entries(name, config)
     layout = table.recognise(tensors, layouts, f"{name} of this config")
     arrays = table.read_arrays(tensors, layouts[layout], MODELS[name].shapes(config), dtype, progress)

@@ -31,6 +31,7 @@ TABLE = Form(lambda shape: (1, *shape), lambda a, shape: a[0], lambda a, shape: 
 # The leaves of a module: ours, suffix there, form.
 MODULES = {
     "dense": (("/kernel", ".weight", MATRIX), ("/bias", ".bias", SAME)),
+    "matrix": (("/kernel", ".weight", MATRIX),),
     "norm": (("/scale", ".weight", SAME), ("/bias", ".bias", SAME)),
     "scale": (("/scale", ".weight", SAME),),
     "table": (("", "", TABLE),),
@@ -60,6 +61,41 @@ def rules_of_modules(rows: Iterable[tuple[str, str, str]], ours: str = "", their
         for module, name, kind in rows
         for leaf, suffix, form in MODULES[kind]
     ]
+
+
+def columns_of(rows, column: int) -> list[tuple[str, str, str]]:
+    """(our module, its name there, kind) of rows (our module, its name in each layout …, kind)."""
+    return [(row[0], row[column], row[-1]) for row in rows]
+
+
+def patch_form(patch) -> Form:
+    """Our kernel [pt·ph·pw·c, dim] as a Conv3d kernel [dim, c, pt, ph, pw]."""
+
+    def to_ours(a, shape):
+        return a.transpose(2, 3, 4, 1, 0).reshape(shape)
+
+    def to_theirs(a, shape):
+        return a.reshape(*patch, shape[1], shape[0]).transpose(4, 3, 0, 1, 2)
+
+    return Form(lambda shape: (shape[1], _channels(shape, patch), *patch), to_ours, to_theirs)
+
+
+def flat_patch_form(patch) -> Form:
+    """Our kernel [pt·ph·pw·c, dim] as a Linear's weight [dim, c·pt·ph·pw]."""
+    form = patch_form(patch)
+
+    def to_ours(a, shape):
+        return form.to_ours(a.reshape(form.shape(shape)), shape)
+
+    def to_theirs(a, shape):
+        return form.to_theirs(a, form.shape(a.shape)).reshape(shape)
+
+    return Form(lambda shape: shape[::-1], to_ours, to_theirs)
+
+
+def _channels(shape, patch) -> int:
+    pt, ph, pw = patch
+    return shape[0] // (pt * ph * pw)
 
 
 def entries_of_rules(rules: Iterable[Rule], shapes: Mapping[str, tuple]) -> dict[str, Entry]:

@@ -10,7 +10,7 @@ import functools
 import jax
 from flax.traverse_util import flatten_dict
 
-from rcm_jax.convert.table import SAME, Form, Rule, rules_of_modules
+from rcm_jax.convert.table import SAME, Rule, columns_of, flat_patch_form, patch_form, rules_of_modules
 from rcm_jax.models import wan
 from rcm_jax.models.wan import WanConfig
 
@@ -61,8 +61,8 @@ def layouts(config: WanConfig) -> dict[str, list[Rule]]:
     block = BLOCK + (BLOCK_CLIP if config.clip_dim else ())
 
     def rules(column, patch):
-        rest = rules_of_modules(_column(outside, column))
-        blocks = rules_of_modules(_column(block, column), "blocks/", "blocks.{}.")
+        rest = rules_of_modules(columns_of(outside, column))
+        blocks = rules_of_modules(columns_of(block, column), "blocks/", "blocks.{}.")
         return [
             Rule("patch_in/kernel", "patch_embedding.weight", patch),
             Rule("patch_in/bias", "patch_embedding.bias", SAME),
@@ -70,42 +70,8 @@ def layouts(config: WanConfig) -> dict[str, list[Rule]]:
             *blocks,
         ]
 
-    convolution, flat = _patch_form(config.patch_size), _flat_patch_form(config.patch_size)
+    convolution, flat = patch_form(config.patch_size), flat_patch_form(config.patch_size)
     return {"official": rules(1, convolution), "rcm": rules(1, flat), "diffusers": rules(2, convolution)}
-
-
-def _column(rows, column):
-    return [(row[0], row[column], row[3]) for row in rows]
-
-
-def _patch_form(patch) -> Form:
-    """Our kernel [pt·ph·pw·c, dim] as a Conv3d kernel [dim, c, pt, ph, pw]."""
-
-    def to_ours(a, shape):
-        return a.transpose(2, 3, 4, 1, 0).reshape(shape)
-
-    def to_theirs(a, shape):
-        return a.reshape(*patch, shape[1], shape[0]).transpose(4, 3, 0, 1, 2)
-
-    return Form(lambda shape: (shape[1], _channels(shape, patch), *patch), to_ours, to_theirs)
-
-
-def _flat_patch_form(patch) -> Form:
-    """Our kernel [pt·ph·pw·c, dim] as a Linear's weight [dim, c·pt·ph·pw]."""
-    form = _patch_form(patch)
-
-    def to_ours(a, shape):
-        return form.to_ours(a.reshape(form.shape(shape)), shape)
-
-    def to_theirs(a, shape):
-        return form.to_theirs(a, form.shape(a.shape)).reshape(shape)
-
-    return Form(lambda shape: shape[::-1], to_ours, to_theirs)
-
-
-def _channels(shape, patch) -> int:
-    pt, ph, pw = patch
-    return shape[0] // (pt * ph * pw)
 
 
 @functools.cache

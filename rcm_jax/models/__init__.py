@@ -1,7 +1,8 @@
 """Networks by their configuration. The only folder with flax.linen modules."""
 
+from rcm_jax.models.cosmos import Cosmos, CosmosConfig
 from rcm_jax.models.dit import DiT, DiTConfig
 from rcm_jax.models.mlp import MLP, MLPConfig
 from rcm_jax.models.wan import Wan, WanConfig
 
-NETWORKS = {DiTConfig: DiT, MLPConfig: MLP, WanConfig: Wan}
+NETWORKS = {CosmosConfig: Cosmos, DiTConfig: DiT, MLPConfig: MLP, WanConfig: Wan}

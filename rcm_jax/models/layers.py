@@ -121,15 +121,19 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two dense layers with a tanh-approximated GELU between: [..., c] -> [..., c]."""
+    """Two dense layers with a GELU between, by tanh unless exact: [..., c] -> [..., c]."""
 
     hidden: int
     dtype: jnp.dtype
+    use_bias: bool = True
+    exact: bool = False
 
     @nn.compact
     def __call__(self, x):
-        h = nn.gelu(dense(self.hidden, "up", dtype=self.dtype)(x))
-        return dense(x.shape[-1], "down", dtype=self.dtype, axes=("features", "embed"))(h)
+        h = dense(self.hidden, "up", dtype=self.dtype, use_bias=self.use_bias)(x)
+        h = nn.gelu(h, approximate=not self.exact)
+        axes = ("features", "embed")
+        return dense(x.shape[-1], "down", dtype=self.dtype, axes=axes, use_bias=self.use_bias)(h)
 
 
 def patchify(x, patch):
@@ -150,22 +154,27 @@ def unpatchify(x_blc, patch, shape):
     return x.reshape(shape)
 
 
-def rope_angles(grid, head_dim: int, theta: float = 10_000.0) -> list[np.ndarray]:
+def rope_angles(grid, head_dim: int, ratios=(1.0, 1.0, 1.0)) -> list[np.ndarray]:
     """Rotary angles of tokens on a (t, h, w) grid, one float64 table [t or h or w, pairs] for each axis.
 
     Of head_dim/2 pairs of features, height and width have head_dim // 6 each, time the rest; position p turns pair i
-    of an axis with d features by p·theta^(−2i/d).
+    of an axis with d features by p·theta^(−2i/d), theta = 10⁴·ratio^(d/(d−2)): a ratio above 1 slows the low
+    frequencies by so much and leaves the highest, for grids larger than those a network was first trained on.
     """
     spatial = head_dim // 6 * 2
     widths = (head_dim - 2 * spatial, spatial, spatial)
-    return [np.outer(np.arange(n), theta ** -(np.arange(0, d, 2) / d)) for n, d in zip(grid, widths, strict=True)]
+    thetas = [1e4 * (ratio ** (d / (d - 2)) if ratio != 1 else 1) for ratio, d in zip(ratios, widths, strict=True)]
+    return [
+        np.outer(np.arange(n), theta ** -(np.arange(0, d, 2) / d))
+        for n, d, theta in zip(grid, widths, thetas, strict=True)
+    ]
 
 
-def rope_tables(grid, head_dim: int, dtype):
+def rope_tables(grid, head_dim: int, dtype, ratios=(1.0, 1.0, 1.0)):
     """(cos, sin) [t·h·w, head_dim/2] of rope_angles, spread from small tables: no large constant is compiled in."""
 
     def spread(f):
-        time, rows, columns = (jnp.asarray(f(angles), dtype) for angles in rope_angles(grid, head_dim))
+        time, rows, columns = (jnp.asarray(f(angles), dtype) for angles in rope_angles(grid, head_dim, ratios))
         tables = time[:, None, None], rows[None, :, None], columns[None, None]
         whole = [jnp.broadcast_to(table, (*grid, table.shape[-1])) for table in tables]
         return jnp.concatenate(whole, axis=-1).reshape(-1, head_dim // 2)
@@ -179,3 +188,10 @@ def rotate_pairs(x_blnd, cos, sin):
     cos, sin = cos[:, None], sin[:, None]  # the same for every head
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x_blnd.shape).astype(x_blnd.dtype)
+
+
+def rotate_halves(x_blnd, cos, sin):
+    """Rotary embedding of the pairs of features (i, i + d/2) by tables [l, d/2]; returns the dtype of x."""
+    first, second = jnp.split(x_blnd, 2, axis=-1)
+    cos, sin = cos[:, None], sin[:, None]  # the same for every head
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x_blnd.dtype)

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import digits, methods, mixture, wan_1_3b, wan_14b
+from configs import cosmos_0_6b, cosmos_2b, cosmos_14b, digits, methods, mixture, wan_1_3b, wan_14b
 from rcm_jax import denoiser, experiment
 from rcm_jax.steps import rcm_method, rcm_phase
 from tests import tiny
 
-CONFIGS = {module.__name__.split(".")[-1]: module for module in (digits, mixture, wan_1_3b, wan_14b)}
+MODULES = (digits, mixture, wan_1_3b, wan_14b, cosmos_0_6b, cosmos_2b, cosmos_14b)
+CONFIGS = {module.__name__.split(".")[-1]: module for module in MODULES}
 PHASES = {  # and the metrics by which their losses are known
     "rcm": {"scm", "dmd", "critic"},
     "rcm_adaptive": {"scm", "dmd", "critic", "weighting"},

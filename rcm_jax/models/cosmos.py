@@ -1,0 +1,223 @@
+"""The diffusion transformer of Cosmos-Predict2 (MiniTrainDIT of nvidia-cosmos/cosmos-predict2) on latents.
+
+Modulation is a low-rank map of the normalised time features plus one full map that all blocks share. Time features,
+modulation, norms and the output are computed in float32, whatever narrower dtype computes the blocks.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.attention import flash_attention
+from rcm_jax.models.layers import (
+    Mlp,
+    RMSNorm,
+    check_config,
+    dense,
+    layer_norm,
+    patchify,
+    rope_tables,
+    rotate_halves,
+    sinusoids,
+    stack,
+    unpatchify,
+)
+
+# What the reference's config can say and the published text-to-image networks all say: nothing else is built.
+ONLY = {
+    "patch_temporal": 1,
+    "use_adaln_lora": True,
+    "pos_emb_cls": "rope3d",
+    "extra_per_block_abs_pos_emb": False,
+    "rope_enable_fps_modulation": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CosmosConfig:
+    """Sizes under the reference's names; defaults are those that all published text-to-image networks share."""
+
+    model_channels: int
+    num_blocks: int
+    num_heads: int
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_spatial: int = 2
+    patch_temporal: int = 1
+    concat_padding_mask: bool = True
+    mlp_ratio: float = 4.0
+    crossattn_emb_channels: int = 1024  # of the text
+    adaln_lora_dim: int = 256
+    rope_h_extrapolation_ratio: float = 4.0
+    rope_w_extrapolation_ratio: float = 4.0
+    rope_t_extrapolation_ratio: float = 1.0
+    max_img_h: int = 240  # of latents, which bounds the grid
+    max_img_w: int = 240
+    max_frames: int = 128
+    # The reference's configs have these, too; some only as ONLY says, the others change nothing here.
+    use_adaln_lora: bool = True
+    pos_emb_cls: str = "rope3d"
+    extra_per_block_abs_pos_emb: bool = False
+    rope_enable_fps_modulation: bool = False
+    pos_emb_learnable: bool = True
+    pos_emb_interpolation: str = "crop"
+    min_fps: int = 1
+    max_fps: int = 30
+    crossattn_proj_in_channels: int | None = None
+    dtype: str = "float32"  # of the blocks; parameters stay in the dtype they have
+    time_dtype: str = "float32"  # of the time embedding's layers; its sines and cosines are float32 at least
+    remat: str = "none"
+    attention: str = "auto"  # implementation of flash_attention
+
+    @property
+    def dim(self):
+        return self.model_channels
+
+    @property
+    def wide(self):
+        """The dtype of modulation, rotary tables and output: float32, whatever narrower dtype computes the blocks."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+    @property
+    def patch(self):
+        return (self.patch_temporal, self.patch_spatial, self.patch_spatial)
+
+    def __post_init__(self):
+        sizes = ("model_channels", "num_blocks", "num_heads", "in_channels", "out_channels", "patch_spatial")
+        check_config(self, (*sizes, "crossattn_emb_channels", "adaln_lora_dim", "max_img_h", "max_img_w", "max_frames"))
+        for name, value in ONLY.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not supported: it must be {value!r}")
+        if self.dim // self.num_heads % 2 or self.dim // self.num_heads < 12:
+            raise ValueError(f"model_channels/num_heads {self.dim // self.num_heads} must be even, and 12 at least")
+
+
+PUBLISHED = {
+    "cosmos-0.6b": CosmosConfig(model_channels=1280, num_blocks=20, num_heads=20),
+    "cosmos-2b": CosmosConfig(model_channels=2048, num_blocks=28, num_heads=16),
+    "cosmos-14b": CosmosConfig(model_channels=5120, num_blocks=36, num_heads=40),
+}
+
+
+def _modulation(config, emb_bc, shared, name):
+    """[b, 1, k·c] from the time features: two dense layers through few features, plus the part that blocks share."""
+    h = dense(config.adaln_lora_dim, f"{name}_in", dtype=config.wide, use_bias=False)(emb_bc)
+    features = shared.shape[-1]
+    h = dense(features, f"{name}_out", dtype=config.wide, use_bias=False, init=nn.initializers.zeros)(h)
+    return (h + shared)[:, None]
+
+
+class Attention(nn.Module):
+    """Attention of tokens to themselves or, where there is one, to a context [b, m, ...]: [b, l, c] -> [b, l, c].
+
+    Queries and keys are normalised by head, and turned by their place where there are tables.
+    """
+
+    config: CosmosConfig
+
+    @nn.compact
+    def __call__(self, x_blc, context=None, tables=None):
+        c = self.config
+        source = x_blc if context is None else context
+
+        def project(x, name):
+            y = dense(c.dim, name, dtype=c.dtype, use_bias=False)(x)
+            return y.reshape(*x.shape[:2], c.num_heads, -1)
+
+        q, k = RMSNorm(name="q_norm")(project(x_blc, "q")), RMSNorm(name="k_norm")(project(source, "k"))
+        if tables is not None:
+            q, k = rotate_halves(q, *tables), rotate_halves(k, *tables)
+        o = flash_attention(q, k, project(source, "v"), implementation=c.attention).reshape(x_blc.shape)
+        return dense(c.dim, "out", dtype=c.dtype, axes=("features", "embed"), use_bias=False)(o)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and MLP, each modulated and residual. A scan body: (x, ...) -> (x, None)."""
+
+    config: CosmosConfig
+
+    @nn.compact
+    def __call__(self, x_blc, emb_bc, shared, text, cos, sin):
+        c = self.config
+        parts = {
+            "self_attention": lambda h: Attention(c, name="self_attention")(h, tables=(cos, sin)),
+            "cross_attention": lambda h: Attention(c, name="cross_attention")(h, text),
+            "mlp": Mlp(int(c.mlp_ratio * c.dim), c.dtype, use_bias=False, exact=True, name="mlp"),
+        }
+        for name, part in parts.items():
+            shift, scale, gate = jnp.split(_modulation(c, emb_bc, shared, f"{name}_modulation"), 3, axis=-1)
+            h = (layer_norm(x_blc) * (1 + scale) + shift).astype(c.dtype)
+            x_blc = (x_blc + gate * part(h)).astype(c.dtype)
+        return x_blc, None
+
+
+class Cosmos(nn.Module):
+    """v = eps − x0 of latents x [b, t, h, w, in_channels] at times t [b] in 0..1: [b, t, h, w, out_channels], float32.
+
+    text [b, m, crossattn_emb_channels], padded as in training (zeros up to 512 tokens). padding_mask [b, H, W] of any
+    size, 1 where there is no image; None: all is image. ValueError for inputs that do not fit the config.
+    """
+
+    config: CosmosConfig
+
+    @nn.compact
+    def __call__(self, x, t, text, padding_mask=None):
+        c = self.config
+        _check_inputs(c, x, t, text, padding_mask)
+        out_shape = (*x.shape[:-1], c.out_channels)
+        grid = tuple(n // p for n, p in zip(x.shape[1:4], c.patch, strict=True))
+        if c.concat_padding_mask:
+            x = jnp.concatenate([x, _mask_channel(x, padding_mask)], axis=-1)
+        x_blc = dense(c.dim, "patch_in", dtype=c.dtype, axes=("features", "embed"), use_bias=False)(
+            patchify(x, c.patch)
+        )
+
+        features = sinusoids(t, 10_000.0 ** -(np.arange(c.dim // 2) / (c.dim // 2)))
+        shared = nn.silu(dense(c.dim, "time_in", dtype=c.time_dtype, use_bias=False)(features))
+        shared = dense(3 * c.dim, "time_out", dtype=c.time_dtype, use_bias=False)(shared).astype(c.wide)
+        emb_bc = nn.silu(RMSNorm(name="time_norm")(features).astype(c.wide))
+
+        cos, sin = rope_tables(grid, c.dim // c.num_heads, c.wide, _ratios(c))
+        text = text.astype(c.dtype)
+        x_blc, _ = stack(Block, c.num_blocks, c.remat)(c, name="blocks")(x_blc, emb_bc, shared, text, cos, sin)
+
+        modulation = _modulation(c, emb_bc, shared[:, : 2 * c.dim], "modulation_out")
+        shift, scale = jnp.split(modulation, 2, axis=-1)
+        x_blc = layer_norm(x_blc) * (1 + scale) + shift
+        out = dense(c.patch_spatial**2 * c.out_channels, "patch_out", dtype=c.wide, use_bias=False)(x_blc)
+        return unpatchify(out, c.patch, out_shape)
+
+
+def _ratios(c: CosmosConfig):
+    return c.rope_t_extrapolation_ratio, c.rope_h_extrapolation_ratio, c.rope_w_extrapolation_ratio
+
+
+def _mask_channel(x, padding_mask):
+    """The mask on the pixels of x [b, t, h, w, c], by nearest neighbours: [b, t, h, w, 1]."""
+    b, t, h, w, _ = x.shape
+    if padding_mask is None:
+        return jnp.zeros((b, t, h, w, 1), x.dtype)
+    rows, columns = (np.arange(n) * m // n for n, m in zip((h, w), padding_mask.shape[1:], strict=True))
+    mask = padding_mask[:, rows][:, :, columns].astype(x.dtype)
+    return jnp.broadcast_to(mask[:, None, :, :, None], (b, t, h, w, 1))
+
+
+def _check_inputs(c: CosmosConfig, x, t, text, padding_mask):
+    """ValueError where the inputs of Cosmos are not what its docstring asks for."""
+    if x.ndim != 5 or t.shape != x.shape[:1] or x.shape[-1] != c.in_channels:
+        raise ValueError(f"x must be [b, t, h, w, {c.in_channels}] and its times t [b], got {x.shape} and {t.shape}")
+    most = (c.max_frames, c.max_img_h, c.max_img_w)
+    if any(n > m for n, m in zip(x.shape[1:4], most, strict=True)):
+        raise ValueError(f"x is {x.shape[1:4]} [t, h, w], more than the {most} of max_frames, max_img_h and max_img_w")
+    if text.ndim != 3 or text.shape[2] != c.crossattn_emb_channels:
+        raise ValueError(f"text must be [b, tokens, {c.crossattn_emb_channels}], got {text.shape}")
+    if padding_mask is not None and (padding_mask.ndim != 3 or not c.concat_padding_mask):
+        raise ValueError(f"padding_mask must be [b, H, W], and is for concat_padding_mask, got {padding_mask.shape}")
+
+
+def init(config: CosmosConfig, key):
+    """Boxed parameters (with logical axes) for that config, whatever sizes of latents it is used on later."""
+    x = jnp.zeros((1, *config.patch, config.in_channels))
+    return Cosmos(config).init(key, x, jnp.zeros(1), jnp.zeros((1, 1, config.crossattn_emb_channels)))["params"]

@@ -1,0 +1,141 @@
+"""The Cosmos network: the reference's numbers, its tangents, its samples, and what it refuses."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rcm_jax import denoiser, samplers
+from rcm_jax.models.cosmos import ONLY, CosmosConfig
+from tests import tiny
+from tests.cosmos import TINY, apply, golden_config, golden_params, inputs, random_params
+from tests.tiny import cases, columns, relative, stem
+from tests.wan import channels_first, channels_last, precision
+
+fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compilation)
+replace = dataclasses.replace
+
+# float64: rounding, reached 2e-15. float32: the suggested ones are 5e-6 and 1e-5.
+TOLERANCES = {"float64": (1e-13, 1e-13), "float32": (5e-6, 1e-5)}
+each_dtype = pytest.mark.parametrize("dtype", TOLERANCES)
+
+
+def input_sets(suffix="jvp_f64"):
+    """(file, prefix of its arrays) of every recorded set of inputs."""
+    paths = [path for path in cases("cosmos_dit/*.npz") if path.with_suffix(".safetensors").exists()]
+    return [(p, name.removesuffix(suffix)) for p in paths for name in np.load(p).files if name.endswith(suffix)]
+
+
+def recorded_network(path, dtype):
+    """(config, params) beside an .npz."""
+    config = golden_config(path.with_suffix(".config.json"), dtype=dtype, time_dtype=dtype)
+    return config, golden_params(path.with_suffix(".safetensors"), config, dtype)
+
+
+@functools.cache
+def value_and_tangent(config):
+    """Compiled (params, x, t, cond, dx, dt) -> (value, tangent)."""
+
+    def call(params, x, t, cond, dx, dt):
+        return jax.jvp(lambda x, t: apply(config, params, x, t, cond), (x, t), (dx, dt))
+
+    return jax.jit(call)
+
+
+@pytest.mark.golden
+@pytest.mark.smoke
+@each_dtype
+@pytest.mark.parametrize(("path", "prefix"), input_sets(), ids=lambda value: stem(value).strip("_"))
+def test_value_and_tangent_are_those_of_the_reference(path, prefix, dtype):
+    data = np.load(path)
+    with precision(dtype):
+        config, params = recorded_network(path, dtype)
+        found = {name.removeprefix(prefix): jnp.asarray(data[name], dtype) for name in data if name.startswith(prefix)}
+        cond = {"text": found["crossattn_emb"], "padding_mask": found["padding_mask"][:, 0]}
+        x, dx = channels_last(found["x"]), channels_last(found["tangent_x"])
+        t, dt = columns(found["timesteps"]), columns(found["tangent_t"])
+        value, tangent = value_and_tangent(config)(params, x, t, cond, dx, dt)
+    assert value.dtype == dtype
+    for ours, name, bound in zip((value, tangent), ("out", "jvp"), TOLERANCES[dtype], strict=True):
+        assert relative(channels_first(ours), data[f"{prefix}{name}_f64"]) < bound, name
+
+
+@pytest.mark.golden
+@each_dtype
+@pytest.mark.parametrize("path", cases("cosmos_dit/text2image_sampling.npz"), ids=stem)
+def test_few_step_samples_are_those_of_the_reference(path, dtype):
+    """Its sampler has x_sigma = x0 + sigma·noise, cos t of ours times as much, and so starts from sin t·noise."""
+    data = np.load(path)
+    sigmas = (80.0, 3.6, 1.5574, 0.684)
+    (network,) = [p for p in cases("cosmos_dit/*.npz") if p.with_suffix(".safetensors").exists()]
+    with precision(dtype):
+        config, params = recorded_network(network, dtype)
+        F = denoiser.from_rectified_flow(functools.partial(apply, config))
+        cond = {"text": jnp.asarray(data["crossattn_emb"], dtype)}
+        first, rest = channels_last(data["init_noise"]), channels_last(data["step_noise"])
+        for n in sorted(int(key[9:]) for key in data if re.fullmatch(r"distill_n\d+", key)):
+            times = np.arctan(sigmas[:n]).astype(dtype)
+            noise = jnp.concatenate([np.sin(times[0]) * first[None], rest[: n - 1]]).astype(dtype)
+            x0 = jax.jit(functools.partial(samplers.few_step, F))(params, noise, times, cond)
+            bound = 1e-5 if dtype == "float32" else 1e-12
+            assert relative(channels_first(x0), data[f"distill_n{n}_f64"]) < bound, n
+
+
+def test_no_mask_is_a_mask_of_zeros_and_a_mask_of_another_size_is_resized():
+    x, t, cond = inputs()
+    params = random_params()
+    plain = apply(TINY, params, x, t, cond)
+    mask = jnp.zeros((2, 4, 6)).at[:, :, 4:].set(1)
+    masked = apply(TINY, params, x, t, cond | {"padding_mask": mask})
+    np.testing.assert_array_equal(plain, apply(TINY, params, x, t, cond | {"padding_mask": jnp.zeros((2, 8, 12))}))
+    assert np.any(plain != masked)
+    large = mask.repeat(8, axis=1).repeat(8, axis=2)
+    np.testing.assert_array_equal(masked, apply(TINY, params, x, t, cond | {"padding_mask": large}))
+
+
+def test_what_is_computed_again_changes_no_number():
+    x, t, cond = inputs()
+    value = jax.jit(functools.partial(apply, TINY))(random_params(), x, t, cond)
+    for remat in ("full", "save_attention"):
+        again = jax.jit(functools.partial(apply, replace(TINY, remat=remat)))(random_params(), x, t, cond)
+        np.testing.assert_allclose(again, value, rtol=1e-5, atol=1e-6)
+
+
+def test_narrow_blocks_leave_time_and_output_in_float32():
+    x, t, cond = inputs()
+    narrow = apply(replace(TINY, dtype="bfloat16"), random_params(), x, t, cond)
+    assert narrow.dtype == jnp.float32
+    assert 1e-4 < relative(narrow, apply(TINY, random_params(), x, t, cond)) < 0.1
+
+
+@pytest.mark.parametrize("name", ONLY)
+def test_what_is_not_built_is_refused_by_name(name):
+    other = {bool: lambda v: not v, int: lambda v: v + 1, str: lambda v: "other"}[type(ONLY[name])](ONLY[name])
+    with pytest.raises(ValueError, match=f"{name} .* is not supported: it must be"):
+        replace(TINY, **{name: other})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(x=jnp.zeros((2, 1, 4, 6, 3))), r"x must be \[b, t, h, w, 4\]"),
+        (dict(x=jnp.zeros((2, 1, 4, 18, 4))), "more than the .* of max_frames, max_img_h and max_img_w"),
+        (dict(x=jnp.zeros((2, 1, 5, 6, 4))), "patch 1×2×2 does not divide"),
+        (dict(text=jnp.zeros((2, 5, 9))), r"text must be \[b, tokens, 8\]"),
+        (dict(padding_mask=jnp.zeros((2, 1, 4, 6))), r"padding_mask must be \[b, H, W\]"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_with_the_numbers(changes, message):
+    x, t, cond = inputs()
+    x = changes.pop("x", x)
+    with pytest.raises(ValueError, match=message):
+        apply(replace(TINY, max_img_w=16), random_params(), x, t, cond | changes)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="must be even, and 12 at least"):
+        CosmosConfig(model_channels=20, num_blocks=1, num_heads=2)
