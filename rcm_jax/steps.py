@@ -170,7 +170,7 @@ def student_step(config, optimizers: dict, terms: dict, state: TrainState, teach
         after, norm, applied = before.update(grads["weighting"], optimizers["weighting"])
         kept = metrics["student/skipped"] == 0  # an update is skipped whole
         state = state.replace(weighting=jax.tree.map(lambda a, b: jnp.where(kept, a, b), after, before))
-        metrics |= {"weighting/grad_norm": norm, "weighting/skipped": 1.0 - applied}
+        metrics |= {"weighting/grad_norm": norm, "weighting/skipped": 1.0 - (kept & applied)}
     return state, metrics
 
 

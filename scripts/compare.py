@@ -71,6 +71,9 @@ def curve(judge, trained) -> list[tuple[int, float]]:
 
 def main():
     started = time.time()
+    config = CONFIG.value
+    if config.data.kind != "mixture" or config.rcm.consistency is None or config.rcm.dmd is None:
+        raise ValueError("--config must be of rCM on a mixture: the other methods are made from it, so name none")
     folder = pathlib.Path(WORKDIR.value)
     results, pictures, curves = {mixture_report.FLOOR: []}, {}, {}
     try:

@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import imageio.v3 as iio
+import pytest
 
-from tests.scripts.conftest import ROOT
+from tests.scripts.conftest import ROOT, assert_refused
 
 SHRINK = """
 import sys
@@ -29,6 +30,13 @@ TINY = [
     "--config.data.examples=64",
     "--config.model.dim=8",
 ]
+
+
+@pytest.mark.parametrize("config", ["digits.py", "mixture.py:scm"])
+def test_a_config_that_is_not_of_rcm_on_a_mixture_is_refused_at_once(config, run_script, tmp_path):
+    process = run_script("compare", f"--config=configs/{config}", f"--workdir={tmp_path / 'new'}")
+    assert_refused(process, "--config must be of rCM on a mixture")
+    assert not (tmp_path / "new").exists()
 
 
 def test_methods_are_compared_from_one_start(tmp_path):
