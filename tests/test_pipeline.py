@@ -4,12 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from configs import cosmos_2b, digits, mixture
+from configs import digits, mixture
 from rcm_jax import checkpoint, pipeline
-from rcm_jax.data import latents
 from rcm_jax.evaluate import mixture_report
 from rcm_jax.metrics import read_metrics
-from tests import cosmos, tiny
+from tests import tiny
 
 fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compilation)
 
@@ -79,25 +78,6 @@ def test_a_stopped_run_of_any_method_goes_on_to_the_same_bits(variant, trained, 
     if variant == "scm_adaptive":
         assert int(whole.state.weighting.updates) == 4
         assert np.any(jax.tree.leaves(whole.state.weighting.params)[1] != 0)
-
-
-def test_cosmos_is_distilled_from_converted_weights(tmp_path):
-    """configs/cosmos_2b.py:tiny through its phases, in bfloat16 as the real runs."""
-    rng = np.random.default_rng(0)
-    examples = ({"x0": rng.normal(size=(1, 4, 6, 4)), "text": rng.normal(size=(6, 8))} for _ in range(16))
-    examples = ({name: array.astype(np.float32) for name, array in example.items()} for example in examples)
-    latents.write(tmp_path / "latents", examples, {"text": np.zeros((6, 8), np.float32)})
-    config = cosmos_2b.get_config("tiny")
-    config.data.path, config.teacher = str(tmp_path / "latents"), str(tmp_path / "teacher")
-    config.train.steps = 3
-    run = config.to_dict()
-    generator = {key: run[key] for key in ("model", "parametrization", "time_scale")}
-    checkpoint.write_params(config.teacher, generator, jax.tree.map(np.asarray, cosmos.random_params()))
-    trained = pipeline.train(run, tmp_path / "run")
-    rows = read_metrics(trained.folder)
-    assert {"scm/loss", "dmd/loss", "critic/loss"} <= set().union(*rows)
-    assert all(value is not None for row in rows for value in row.values())
-    assert not any(row.get("student/skipped") or row.get("critic/skipped") for row in rows)
 
 
 def test_data_without_a_known_velocity_have_no_exact_teacher(tmp_path):

@@ -14,7 +14,7 @@ from jax.extend import core
 from kernels import attention
 from rcm_jax import denoiser, experiment, trainer
 from rcm_jax.consistency import ScmConfig
-from rcm_jax.data import DigitsConfig
+from rcm_jax.data import DigitsConfig, latents
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.dmd import DmdConfig
 from rcm_jax.models import DiTConfig
@@ -48,6 +48,13 @@ def fast_compilation() -> Iterator[None]:
 def cases(pattern: str) -> list[pathlib.Path]:
     """Golden files of that pattern, whatever the folder holds."""
     return sorted(GOLDEN.glob(pattern))
+
+
+def write_latents(folder, x0, text) -> str:
+    """x0 [n, t, h, w, c] and text [n, l, d] as a data set on disk; guidance's own text is zeros. Returns the folder."""
+    examples = ({"x0": x.astype(np.float32), "text": e.astype(np.float32)} for x, e in zip(x0, text, strict=True))
+    latents.write(folder, examples, {"text": np.zeros(text.shape[1:], np.float32)})
+    return str(folder)
 
 
 def stem(path) -> str:

@@ -1,0 +1,60 @@
+"""rCM of a tiny Cosmos on latents of real images. (Compiled as users have it: 800 steps are run.)"""
+
+import jax
+import numpy as np
+from sklearn.datasets import load_sample_images
+
+from configs import cosmos_2b
+from rcm_jax import pipeline
+from rcm_jax.metrics import read_metrics
+from tests.tiny import write_latents
+
+
+def photographs(count):
+    """Crops of scikit-learn's photographs as latents [count, 1, 4, 6, 4] of unit variance, and of which one [count]."""
+    grey = [image.mean(axis=-1) for image in load_sample_images().images]
+    rng = np.random.default_rng(0)
+    which, crops = rng.integers(2, size=count), []
+    for image in (grey[i] for i in which):
+        row, column = (rng.integers(n - size) for n, size in zip(image.shape, (80, 120), strict=True))
+        pixels = image[row : row + 80, column : column + 120].reshape(8, 10, 12, 10).mean(axis=(1, 3))
+        crops.append(pixels.reshape(4, 2, 6, 2).transpose(0, 2, 1, 3).reshape(1, 4, 6, 4))
+    crops = np.array(crops)
+    return (crops - crops.mean()) / crops.std(), which
+
+
+def test_two_hundred_steps_of_cosmos_on_photographs(tmp_path, monkeypatch):
+    """A tiny teacher learns crops of photographs; of its student g, the residual of the consistency equation and the
+    critic's loss fall, and all stays finite. (Measured: residual .166 → .136, |g| 1.63 → 1.33, critic 48.8 → 46.7; the
+    normalised consistency loss moves little by construction, and DMD's begins at 0, fake score and teacher being one.)
+    """
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: one)  # collectives of eight take minutes
+    config = cosmos_2b.get_config("tiny")
+    x0, which = photographs(512)
+    text = np.zeros((512, 6, 8))
+    text[np.arange(512), :, which] = 1
+    config.data.path = write_latents(tmp_path / "latents", x0, text)
+    config.model.update(dtype="float32", remat="none")
+    quick = dict(b2=0.99, warmup_steps=20)
+    loop = dict(config.train, batch_size=64, log_every=1, checkpoint_every=1000, sample_every=1000)
+    config.rcm.student.update(quick, learning_rate=1e-3)
+    config.rcm.dmd.fake_score.update(quick, learning_rate=1e-3)
+    config.rcm.guidance = 1.5
+    config.rcm.consistency.scale = 1.0  # beside DMD's 1: few dimensions
+    config.train.update(loop, steps=200)
+    run = config.to_dict()
+    adam = dict(run["rcm"]["student"], learning_rate=3e-3, b1=0.9, weight_decay=0.0, decay_steps=600, final_scale=0.05)
+    time = dict(kind="log_normal", mean=-0.2, std=1.2)
+    method = dict(time=time, drop_condition=0.1, ema_std=0.05, optimizer=adam)
+    run["pretrain"] = dict(method=method, train=dict(loop, steps=600))
+
+    trained = pipeline.train(run, tmp_path / "run")
+    losses = [row["diffusion/loss"] for row in read_metrics(trained.teacher_folder)]
+    assert np.mean(losses[-50:]) < 0.3 * losses[0]  # it has learned something
+    rows = read_metrics(trained.folder)
+    assert len(rows) == 200 and all(value is not None and np.isfinite(value) for row in rows for value in row.values())
+    for name in ("scm/residual", "scm/tangent_norm", "scm/loss", "critic/loss"):
+        values = [row[name] for row in rows if name in row]
+        assert len(values) == 100
+        assert np.mean(values[-25:]) < np.mean(values[:25]), name

@@ -1,0 +1,43 @@
+"""Training by the configs of the real runs, at tiny sizes, on latents on disk."""
+
+import importlib
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from rcm_jax import checkpoint, pipeline
+from rcm_jax.metrics import read_metrics
+from tests import cosmos, tiny, wan
+
+fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compilation)
+
+FOLDER = pathlib.Path(__file__).parents[2] / "configs"
+# wan_1_3b is trained by its script in tests/scripts, digits and mixture have runs of their own.
+CONFIGS = sorted({path.stem for path in FOLDER.glob("*_*b.py")} - {"wan_1_3b"})
+NETWORKS = {"cosmos": cosmos, "wan": wan}
+
+
+def test_every_real_config_is_tested():
+    assert {"cosmos_0_6b", "cosmos_2b", "cosmos_14b", "wan_14b"} == set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_few_steps_of_a_real_config_from_converted_weights(name, tmp_path):
+    """Student and critic, in bfloat16 and with everything computed again, as the real runs."""
+    config = importlib.import_module(f"configs.{name}").get_config("tiny")
+    rng = np.random.default_rng(0)
+    config.data.path = tiny.write_latents(
+        tmp_path / "latents", rng.normal(size=(16, *config.data.shape)), rng.normal(size=(16, 6, 8))
+    )
+    config.teacher = str(tmp_path / "teacher")
+    config.train.steps = config.rcm.warmup + 3  # the last has DMD
+    run = config.to_dict()
+    generator = {key: run[key] for key in ("model", "parametrization", "time_scale")}
+    params = NETWORKS[config.model.kind].random_params()
+    checkpoint.write_params(config.teacher, generator, jax.tree.map(np.asarray, params))
+    rows = read_metrics(pipeline.train(run, tmp_path / "run").folder)
+    assert {"scm/loss", "dmd/loss", "critic/loss"} <= set().union(*rows)
+    assert all(value is not None for row in rows for value in row.values())
+    assert not any(row.get("student/skipped") or row.get("critic/skipped") for row in rows)
