@@ -1,15 +1,19 @@
-"""What narrow precision costs in F and in its tangent dF of a Wan network: a picture, a table and, if asked, JSON.
+"""What narrow precision costs in F and in its tangent dF of a network: a picture, a table and, if asked, JSON.
 
-    python -m rcm_jax.evaluate.precision --out=docs/precision.png     # 1.4B parameters: 7 GB, minutes on two cores
+    python -m rcm_jax.evaluate.precision --out=docs/precision.png     # Wan 1.3B: 7 GB, minutes on two cores
+    python -m rcm_jax.evaluate.precision --model=cosmos-0.6b --out=docs/precision_cosmos.png
     python -m rcm_jax.evaluate.precision --out=p.png --layers=2 --repeats=1 --smooth=0 --modulation=1
 
 Relative error ‖a − a32‖/‖a32‖ against the same network in float32, at the same weights, x_t, t and F_T; dF as the
-consistency loss forms it, and its parts along x and along t alone. All values are rounded where the program says so.
+consistency loss forms it, and its parts along x and along t alone. Also the mismatch of F between a variant and (a):
+what a network meets whose time embedding was trained in bfloat16 and is now float32 (rCM, section 4.2). All values are
+rounded where the program says so.
 
-The weights are initial values, not trained ones, changed in two ways. Sinusoids of the time have frequencies up to 1
-in a time of 0..1000, and an untrained network uses all alike, so its F is another one at every thousandth of tau:
---smooth=U damps frequency f by exp(−(U·f)²/2), and F varies over some U thousandths. --modulation multiplies the
-layer from time to modulation, whose initial outputs (gates too) are near 0.06: blocks would hardly matter.
+The weights are initial values, not trained ones, changed in three ways. Wan's sinusoids of the time have frequencies up
+to 1 in a time of 0..1000, and an untrained network uses all alike, so its F is another one at every thousandth of tau:
+--smooth=U damps what turns by f in a thousandth by exp(−(U·f)²/2), and F varies over some U thousandths. (Those of
+Cosmos turn by 0.001 at most, and stay as they are.) --modulation multiplies the layer from time to modulation, whose
+initial outputs (gates too) are near 0.06: blocks would hardly matter. What is initially 0 is drawn as other layers are.
 """
 
 import argparse
@@ -21,11 +25,14 @@ import pathlib
 import platform
 import resource
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
@@ -34,7 +41,9 @@ from rcm_jax import denoiser, trigflow
 from rcm_jax.evaluate.report import DPI, GREY, INK, PAPER, RULE, SERIES, WIDTH
 from rcm_jax.evaluate.table import format_table
 from rcm_jax.files import write_text, write_whole
-from rcm_jax.models.wan import PUBLISHED, Wan, WanConfig, init
+from rcm_jax.models import cosmos, wan
+from rcm_jax.models.cosmos import CosmosConfig
+from rcm_jax.models.wan import WanConfig
 
 TAU = 0.02, 0.999  # rectified-flow times between which the study looks
 NARROW = {"dtype": "bfloat16", "time_dtype": "bfloat16"}
@@ -44,26 +53,72 @@ VARIANTS = {  # name → (changes of the config, whether the time itself is roun
     "(c) … and the time itself": (NARROW, True),
 }
 QUANTITIES = "F", "dF", "dF in t", "dF in x"
+MISMATCH = "F from (a)"
 SETTINGS = "times", "repeats", "grid", "tokens", "seed", "smooth", "modulation"  # of a study, and flags
 SIZE = 13  # points: a README shows the picture at half its width
+PUBLISHED = {
+    name: c for name, c in (wan.PUBLISHED | cosmos.PUBLISHED).items() if getattr(c, "model_type", "t2v") == "t2v"
+}
 
 
-def study(config: WanConfig, *, times=16, repeats=2, grid=(2, 8, 8), tokens=16, seed=0, smooth=30.0, modulation=8.0):
+class Kind(NamedTuple):
+    """What the study must know of a kind of network."""
+
+    module: type
+    init: Callable
+    time_scale: float
+    features: Callable  # config -> how many cosines and sines of the time
+    channels: str  # fields of the config: channels of x, features of text, blocks
+    text: str
+    layers: str
+    sinusoidal: tuple[tuple[str, str], ...]  # parameters whose first axis is that of the sinusoids
+    modulation: tuple[str, str]  # from time to modulation
+
+
+KINDS = {
+    WanConfig: Kind(
+        wan.Wan,
+        wan.init,
+        1000.0,
+        lambda c: c.freq_dim,
+        "in_dim",
+        "text_dim",
+        "num_layers",
+        (("time_in", "kernel"),),
+        ("time_projection", "kernel"),
+    ),
+    CosmosConfig: Kind(
+        cosmos.Cosmos,
+        cosmos.init,
+        1.0,
+        lambda c: c.model_channels,
+        "in_channels",
+        "crossattn_emb_channels",
+        "num_blocks",
+        (("time_in", "kernel"), ("time_norm", "scale")),
+        ("time_out", "kernel"),
+    ),
+}
+
+
+def study(config, *, times=16, repeats=2, grid=(2, 8, 8), tokens=16, seed=0, smooth=30.0, modulation=8.0):
     """{"tau" [times], "rms" {quantity: [repeats, times]} in float32, "errors" {variant: {quantity: the same}}}.
 
-    grid: frames, rows and columns of the latents; tokens: of text; smooth, modulation: as the module says.
+    config: of a kind in KINDS; grid: frames, rows and columns of the latents; tokens: of text; smooth, modulation: as
+    the module says. The mismatch is taken from the first variant, (a).
     The grid of times is even in log tan t; every repeat has its own x0, noise and text, and moves the grid by a
     fraction of its spacing, so that the luck of rounding one time evens out. tau is that of the middle of the cells.
 
     Raises:
       ValueError: a network that is not text to video, or sizes or factors that make no sense.
     """
-    if config.model_type != "t2v":
+    if getattr(config, "model_type", "t2v") != "t2v":
         raise ValueError(f"the study takes text-to-video networks, not model_type {config.model_type!r}")
-    if min(times, repeats, tokens, *grid) < 1 or tokens > config.text_len:
+    most = getattr(config, "text_len", math.inf)
+    if min(times, repeats, tokens, *grid) < 1 or tokens > most:
         raise ValueError(
             f"times {times}, repeats {repeats}, grid {grid} and tokens {tokens} must be at least 1, and tokens at most "
-            f"the network's {config.text_len}"
+            f"the network's {most}"
         )
     if not (0 <= smooth < math.inf and 0 < modulation < math.inf):
         raise ValueError(f"smooth {smooth} must be at least 0 and modulation {modulation} above 0, both finite")
@@ -79,9 +134,12 @@ def study(config: WanConfig, *, times=16, repeats=2, grid=(2, 8, 8), tokens=16, 
         F_teacher = _forward(config, params, x, t, cond)
         exact = measured(config, False, params, x, t, cond, F_teacher)
         rms.append([_norm(value) / math.sqrt(x[0].size) for value in exact])
+        first = None
         for name, (changes, rounded) in VARIANTS.items():
             values = measured(dataclasses.replace(config, **changes), rounded, params, x, t, cond, F_teacher)
-            found[name].append([_norm(a - b) / _norm(b) for a, b in zip(values, exact, strict=True)])
+            first = values[0] if first is None else first
+            errors = [_norm(a - b) / _norm(b) for a, b in zip(values, exact, strict=True)]
+            found[name].append([*errors, _norm(values[0] - first) / _norm(first)])
     middle = (edges[:-1] + edges[1:]) / 2
     errors = {name: _by_quantity(values) for name, values in found.items()}
     return {"tau": 1 / (1 + np.exp(-middle)), "rms": _by_quantity(rms), "errors": errors}
@@ -89,36 +147,46 @@ def study(config: WanConfig, *, times=16, repeats=2, grid=(2, 8, 8), tokens=16, 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _init(config, key):
-    return nn.meta.unbox(init(config, key))
+    return nn.meta.unbox(KINDS[type(config)].init(config, key))
 
 
-def weights(config: WanConfig, key, smooth: float, modulation: float) -> dict:
-    """Initial float32 parameters, the time embedding changed as the module says."""
-    params = dict(_init(config, key))
-    frequencies = 10_000.0 ** -(np.arange(config.freq_dim // 2) / (config.freq_dim // 2))
-    damping = np.tile(np.exp(-((smooth * frequencies) ** 2) / 2), 2)[:, None].astype(np.float32)  # cosines, sines
-    for layer, factor in (("time_in", damping), ("time_projection", np.float32(modulation))):
-        params[layer] = params[layer] | {"kernel": params[layer]["kernel"] * factor}
-    return params
+def weights(config, key, smooth: float, modulation: float) -> dict:
+    """Initial float32 parameters, changed as the module says."""
+    kind = KINDS[type(config)]
+    half = kind.features(config) // 2
+    turns = 10_000.0 ** -(np.arange(half) / half) * kind.time_scale / 1000  # in a thousandth of tau
+    damping = np.tile(np.exp(-((smooth * turns) ** 2) / 2), 2).astype(np.float32)  # cosines, sines
+    factors = dict.fromkeys(kind.sinusoidal, damping) | {kind.modulation: np.float32([modulation])}
+
+    def change(i, path, leaf):
+        if path[-1] == "kernel" and not leaf.any():
+            scale = (2 / sum(leaf.shape[-2:])) ** 0.5  # Glorot's
+            return scale * jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
+        return (leaf.T * factors[path]).T if path in factors else leaf  # along the first axis
+
+    params = flatten_dict(_init(config, key))
+    return unflatten_dict({path: change(i, path, leaf) for i, (path, leaf) in enumerate(params.items())})
 
 
-def inputs(config: WanConfig, key, t, grid, tokens: int):
+def inputs(config, key, t, grid, tokens: int):
     """(x_t [b, *grid, c], cond) at times t [b]: x0 smooth in space, of unit variance, plus noise; random text."""
+    channels, features = (getattr(config, getattr(KINDS[type(config)], name)) for name in ("channels", "text"))
     keys = jax.random.split(key, 3)
-    shape, coarse = ((len(t), *sizes, config.in_dim) for sizes in (grid, [-(-n // 2) for n in grid]))
+    shape, coarse = ((len(t), *sizes, channels) for sizes in (grid, [-(-n // 2) for n in grid]))
     x0 = jax.image.resize(jax.random.normal(keys[0], coarse), shape, "linear")
     x = trigflow.diffuse(x0 / jnp.std(x0), jax.random.normal(keys[1], shape), t)
-    return x, {"text": jax.random.normal(keys[2], (len(t), tokens, config.text_dim))}
+    return x, {"text": jax.random.normal(keys[2], (len(t), tokens, features))}
 
 
-def _velocity(config: WanConfig, rounded: bool) -> denoiser.Velocity:
-    """F of the network; rounded: 1000·tau becomes the nearest bfloat16, and its tangent too, as a cast does it."""
+def _velocity(config, rounded: bool) -> denoiser.Velocity:
+    """F of the network; rounded: its time becomes the nearest bfloat16, and its tangent too, as a cast does it."""
+    kind = KINDS[type(config)]
 
     def net(params, x, time, cond):
         time = jax.lax.reduce_precision(time, 8, 7) if rounded else time
-        return Wan(config).apply({"params": params}, x, time, **cond)
+        return kind.module(config).apply({"params": params}, x, time, **cond)
 
-    return denoiser.from_rectified_flow(net, 1000.0)
+    return denoiser.from_rectified_flow(net, kind.time_scale)
 
 
 # XLA may keep more bits than a bfloat16 has where it fuses operations; here every value is rounded.
@@ -148,8 +216,9 @@ def _norm(x) -> np.ndarray:
 
 
 def _by_quantity(values) -> dict[str, np.ndarray]:
-    """[repeats][quantities][times] → {quantity: [repeats, times]}."""
-    return dict(zip(QUANTITIES, np.moveaxis(np.asarray(values), 1, 0), strict=True))
+    """[repeats][quantities][times] → {quantity: [repeats, times]}; errors have MISMATCH as well."""
+    values = np.moveaxis(np.asarray(values), 1, 0)
+    return dict(zip((*QUANTITIES, MISMATCH)[: len(values)], values, strict=True))
 
 
 def _mean_square(values, axis=None):
@@ -203,8 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.error = lambda message: parser.exit(2, f"error: {' '.join(str(message).split())}\n")  # one line
     parser.add_argument("--out", required=True, type=pathlib.Path, help="the picture, a .png")
     parser.add_argument("--json", type=pathlib.Path, help="also write all numbers there")
-    models = [name for name, config in PUBLISHED.items() if config.model_type == "t2v"]
-    parser.add_argument("--model", choices=models, default="wan-1.3b")
+    parser.add_argument("--model", choices=PUBLISHED, default="wan-1.3b")
     parser.add_argument("--layers", type=int, help="blocks; all of the model's if not given")
     parser.add_argument("--grid", type=int, nargs=3, default=(2, 8, 8), help="frames, rows, columns of latents")
     parser.add_argument("--tokens", type=int, default=16, help="of text")
@@ -225,9 +293,10 @@ def main(argv=None) -> None:
     try:
         config = PUBLISHED[args.model]
         if args.layers is not None:
-            config = dataclasses.replace(config, num_layers=args.layers)
+            config = dataclasses.replace(config, **{KINDS[type(config)].layers: args.layers})
         result = study(config, **settings)
-        what = f"{args.model}, {config.num_layers} layers, untrained (smooth {args.smooth:g}, "
+        layers = getattr(config, KINDS[type(config)].layers)
+        what = f"{args.model}, {layers} layers, untrained (smooth {args.smooth:g}, "
         what += f"modulation {args.modulation:g})"
         figure = draw(result, f"What bfloat16 costs: {what}")
         write_whole(args.out, lambda path: figure.savefig(path, format="png", facecolor=PAPER))

@@ -67,7 +67,7 @@ class CosmosConfig:
     max_fps: int = 30
     crossattn_proj_in_channels: int | None = None
     dtype: str = "float32"  # of the blocks; parameters stay in the dtype they have
-    time_dtype: str = "float32"  # of the time embedding's layers; its sines and cosines are float32 at least
+    time_dtype: str = "float32"  # of the time embedding; its sines and cosines are computed in float32 at least
     remat: str = "none"
     attention: str = "auto"  # implementation of flash_attention
 
@@ -174,7 +174,7 @@ class Cosmos(nn.Module):
             patchify(x, c.patch)
         )
 
-        features = sinusoids(t, 10_000.0 ** -(np.arange(c.dim // 2) / (c.dim // 2)))
+        features = sinusoids(t, 10_000.0 ** -(np.arange(c.dim // 2) / (c.dim // 2))).astype(c.time_dtype)
         shared = nn.silu(dense(c.dim, "time_in", dtype=c.time_dtype, use_bias=False)(features))
         shared = dense(3 * c.dim, "time_out", dtype=c.time_dtype, use_bias=False)(shared).astype(c.wide)
         emb_bc = nn.silu(RMSNorm(name="time_norm")(features).astype(c.wide))

@@ -11,8 +11,9 @@ import pytest
 
 from rcm_jax import trigflow
 from rcm_jax.evaluate import precision
-from rcm_jax.models.wan import PUBLISHED, Wan
-from tests import tiny, wan
+from rcm_jax.evaluate.precision import MISMATCH, PUBLISHED
+from rcm_jax.models.wan import Wan
+from tests import cosmos, tiny, wan
 from tests.tiny import relative
 
 fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compilation)
@@ -31,11 +32,18 @@ def test_errors_have_the_size_of_bfloat16(result):
     tau = result["tau"]
     np.testing.assert_allclose(np.diff(np.log(tau / (1 - tau))), np.log(999 * 49) / 5, rtol=1e-9)
     for errors in (result["rms"], *result["errors"].values()):
-        assert list(errors) == ["F", "dF", "dF in t", "dF in x"]
-        for values in errors.values():
-            assert values.shape == (2, 5) and np.isfinite(values).all() and (values > 0).all()
-    errors = np.array([list(result["errors"][name].values()) for name in (A, B)])
+        assert list(errors)[:4] == ["F", "dF", "dF in t", "dF in x"]
+        for name, values in errors.items():
+            assert values.shape == (2, 5) and np.isfinite(values).all() and (name == MISMATCH or (values > 0).all())
+    errors = np.array([list(result["errors"][name].values())[:4] for name in (A, B)])
     assert 2**-11 < np.median(errors) < 2**-5  # a bfloat16 is off by up to 2⁻⁹
+
+
+def test_the_mismatch_is_taken_from_the_first_variant(result):
+    errors = result["errors"]
+    assert (errors[A][MISMATCH] == 0).all() and (errors[B][MISMATCH] > 0).all()
+    bound = (errors[A]["F"] + errors[B]["F"]) * 1.05  # relative to F, and F in bfloat16 is another by a little
+    assert (errors[B][MISMATCH] < bound).all()
 
 
 def test_the_time_embedding_matters_most_in_the_tangent_along_t(result):
@@ -49,6 +57,18 @@ def test_float32_against_itself_has_no_error(monkeypatch):
     monkeypatch.setattr(precision, "VARIANTS", {"float32": ({}, False)})
     errors = precision.study(wan.TINY, **SIZES)["errors"]
     assert list(errors) == ["float32"] and all((values == 0).all() for values in errors["float32"].values())
+
+
+def test_cosmos_is_studied_with_all_its_layers_at_work():
+    result = precision.study(cosmos.TINY, **SIZES)
+    errors = result["errors"]
+    assert all((values > 0).all() for name in (B, C) for values in errors[name].values())
+    assert 2**-11 < np.median(errors[B]["F"]) < 2**-4
+    params = precision.weights(cosmos.TINY, jax.random.key(0), 30.0, 8.0)
+    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(params))
+    plain = precision.weights(cosmos.TINY, jax.random.key(0), 0.0, 1.0)
+    assert relative(params["time_out"]["kernel"], 8 * plain["time_out"]["kernel"]) == 0
+    assert relative(params["time_norm"]["scale"], plain["time_norm"]["scale"]) < 1e-3  # slow sinusoids stay
 
 
 def test_the_tangent_is_the_derivative_along_the_trajectory():
