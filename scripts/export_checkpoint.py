@@ -38,8 +38,8 @@ def main():
     values = checkpoint.read_config(CHECKPOINT.value)
     run = experiment.from_mapping(values)
     kind = values["model"]["kind"]
-    if kind not in convert.MODELS:
-        raise ValueError(f"{CHECKPOINT.value} holds a {kind}; what can be exported is {', '.join(convert.MODELS)}")
+    if kind not in convert.GENERATORS:
+        raise ValueError(f"{CHECKPOINT.value} holds a {kind}; what can be exported is {', '.join(convert.GENERATORS)}")
     convert.check_layout(kind, run.model, LAYOUT.value)
     if SHARD_GB.value is not None and SHARD_GB.value <= 0:
         raise ValueError(f"--shard_gb={SHARD_GB.value} must be above 0")

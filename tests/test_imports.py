@@ -23,6 +23,7 @@ ALLOWED = {
     "rcm_jax.files": set(),
     "rcm_jax.data": {"rcm_jax.data", "rcm_jax.files"},
     "rcm_jax.convert": {"rcm_jax.config", "rcm_jax.convert", "rcm_jax.files", "rcm_jax.models"},
+    "rcm_jax.text": {"rcm_jax.models"},
     "rcm_jax.denoiser": {"rcm_jax.trigflow"},
     "rcm_jax.losses": {"rcm_jax.denoiser", "rcm_jax.trigflow"},
     "rcm_jax.rollout": {"rcm_jax.denoiser", "rcm_jax.trigflow"},

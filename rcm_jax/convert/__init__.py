@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,9 +11,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rcm_jax.config import build
-from rcm_jax.convert import cosmos, table, wan
+from rcm_jax.convert import cosmos, t5, table, wan
 from rcm_jax.models.cosmos import PUBLISHED as PUBLISHED_COSMOS
 from rcm_jax.models.cosmos import CosmosConfig
+from rcm_jax.models.t5 import PUBLISHED as PUBLISHED_T5
+from rcm_jax.models.t5 import T5Config
 from rcm_jax.models.wan import PUBLISHED as PUBLISHED_WAN
 from rcm_jax.models.wan import WanConfig
 
@@ -25,10 +28,12 @@ class Model(NamedTuple):
     shapes: Callable[[Any], dict[str, tuple]]  # of our parameters, by path
     described: Callable[[Any, str], dict]  # (config, layout) -> what config.json says there
     wide: tuple[str, ...]  # parts of names of tensors that an export does not narrow
-    generator: dict[str, Any]  # what the published networks predict, as an experiment says it
+    generator: dict[str, Any] | None  # what the published networks predict, as an experiment says it; None: nothing
     ignored: re.Pattern = re.compile("(?!)")  # names of tensors in files that are no parameters
+    aliases: Mapping[str, str] = types.MappingProxyType({})  # second names of a tensor, and its first
 
 
+TEXT_ENCODER = Model(T5Config, t5.layouts, t5.shapes, t5.described, (), None, t5.IGNORED, t5.ALIASES)
 MODELS = {
     "wan": Model(
         WanConfig,
@@ -47,19 +52,25 @@ MODELS = {
         {"parametrization": "rectified_flow", "time_scale": 1.0},
         cosmos.IGNORED,
     ),
+    "t5": TEXT_ENCODER,
+    "umt5": TEXT_ENCODER,
 }
+GENERATORS = [name for name, model in MODELS.items() if model.generator]
 PUBLISHED = {
     name: (kind, config)
     for kind, published in (("wan", PUBLISHED_WAN), ("cosmos", PUBLISHED_COSMOS))
     for name, config in published.items()
 }
+PUBLISHED_ENCODERS = {name: (config.model_type, config) for name, config in PUBLISHED_T5.items()}
 DTYPES = ("float32", "bfloat16", "float16")  # that weights are published in
 
 
 def named(name: str) -> tuple[str, Any]:
-    """(key of MODELS, config) of a name in PUBLISHED, or of a JSON file that holds {"kind": …, sizes …}."""
+    """(key of GENERATORS, config) of a name in PUBLISHED, or of a JSON file that holds {"kind": …, sizes …}."""
     if name in PUBLISHED:
         return PUBLISHED[name]
+    if name in PUBLISHED_ENCODERS:
+        raise ValueError(f"{name} is a text encoder, which is read as it is published: there is nothing to convert")
     if not name.endswith(".json"):
         raise ValueError(f"model {name!r} is none of {', '.join(PUBLISHED)}, and no .json file")
     try:
@@ -67,8 +78,8 @@ def named(name: str) -> tuple[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{name} is no JSON: {error}") from None
     kind = values.pop("kind", None) if isinstance(values, dict) else None
-    if kind not in MODELS:
-        raise ValueError(f"{name}: its kind is {kind!r}; it must be one of {', '.join(MODELS)}")
+    if kind not in GENERATORS:
+        raise ValueError(f"{name}: its kind is {kind!r}; it must be one of {', '.join(GENERATORS)}")
     return kind, build(MODELS[kind].config, values, name)
 
 
@@ -100,11 +111,18 @@ def recognise(name: str, tensors: Mapping, config) -> str:
 
 
 def parameters(name: str, tensors: Mapping) -> Mapping:
-    """The tensors without their common prefix, and without what files of that model hold besides parameters."""
-    tensors, ignored = table.without_prefix(tensors), MODELS[name].ignored
-    if not any(map(ignored.fullmatch, tensors)):
-        return tensors
-    return {key: tensor for key, tensor in tensors.items() if not ignored.fullmatch(key)}
+    """The tensors without their common prefix, under their first names, and without what is no parameter."""
+    tensors, model = table.without_prefix(tensors), MODELS[name]
+    names = {key: model.aliases.get(key, key) for key in tensors if not model.ignored.fullmatch(key)}
+    return tensors if list(names.values()) == list(tensors) else {first: tensors[key] for key, first in names.items()}
+
+
+def check_aliases(name: str, tensors: Mapping) -> None:
+    """ValueError where files hold a tensor under two names, and with two values; both are read."""
+    tensors = table.without_prefix(tensors)
+    for alias, first in MODELS[name].aliases.items():
+        if {alias, first} <= tensors.keys() and not np.array_equal(tensors[alias], tensors[first]):
+            raise ValueError(f"{alias} and {first} must be the same, as {name} has one tensor for both; they differ")
 
 
 def from_reference(name: str, tensors: Mapping, config, *, dtype=None, progress=lambda count: None) -> dict:
@@ -119,8 +137,10 @@ def from_reference(name: str, tensors: Mapping, config, *, dtype=None, progress=
       progress: called with the bytes of every tensor read.
 
     Raises:
-      ValueError: that lists every tensor which is missing, unexpected, of another shape or not of a float dtype.
+      ValueError: that lists every tensor which is missing, unexpected, of another shape or not of a float dtype; or
+        for one that is there under two names, with two values.
     """
+    check_aliases(name, tensors)
     tensors = parameters(name, tensors)
     layouts = entries(name, config)
     layout = table.recognise(tensors, layouts, f"{name} of this config")

@@ -1,4 +1,4 @@
-"""Checkpoint files as mappings {name: tensor}: .safetensors (one or sharded) in and out, .pth/.pt in.
+"""Checkpoint files as mappings {name: tensor}: .safetensors (one or sharded) in and out, what torch.save writes in.
 
 Nothing here knows a network. Opening reads headers; a tensor is read when `np.asarray` asks for it.
 """
@@ -20,7 +20,7 @@ from rcm_jax.convert.torch_file import open_torch_file
 from rcm_jax.files import new_folder
 
 INDEX = ".safetensors.index.json"
-TORCH = (".pth", ".pt")
+TORCH = (".pth", ".pt", ".bin")
 DTYPES = {
     "F64": np.dtype("float64"),
     "F32": np.dtype("float32"),
@@ -42,7 +42,7 @@ NOTHING: Mapping[str, str] = types.MappingProxyType({})
 
 
 def open_tensors(path: str | os.PathLike) -> dict[str, LazyTensor]:
-    """{name: tensor} of a .safetensors, .pth or .pt file, of a *.safetensors.index.json, or of a folder with one.
+    """{name: tensor} of a .safetensors, .pth, .pt or .bin file, of a *.safetensors.index.json, or of a folder with one.
 
     Raises ValueError for files that are damaged, that disagree, or of which there is more than one to choose from.
     """
@@ -65,7 +65,7 @@ def _only_checkpoint(folder):
     found = [name for name in names if name.endswith(INDEX)]
     found = found or [name for name in names if name.endswith((".safetensors", *TORCH))]
     if len(found) != 1:
-        kinds = f"one *{INDEX} or one .safetensors, .pth or .pt file"
+        kinds = f"one *{INDEX} or one .safetensors, .pth, .pt or .bin file"
         there = ", ".join(found or names) or "nothing"
         raise ValueError(f"{folder} must hold {kinds}, it holds {there}; name the file instead of the folder")
     return folder / found[0]

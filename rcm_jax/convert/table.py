@@ -167,7 +167,7 @@ def _grouped(problems) -> list[str]:
     """One line for what several layers have in common: blocks.{0-3,7}.norm3.bias: missing."""
     groups = {}
     for name, problem in problems:
-        block = re.match(r"(.*\bblocks\.)(\d+)(\..*)", name)
+        block = re.match(r"(.*\bblocks?\.)(\d+)(\..*)", name)
         key = (block[1], block[3], problem) if block else (name, "", problem)
         groups.setdefault(key, []).append(int(block[2]) if block else None)
     return [

@@ -1,0 +1,189 @@
+"""The encoders of T5 (arXiv 1910.10683) and umT5 (arXiv 2304.09151), which read the prompts of Cosmos-Predict2 and Wan.
+
+Norms and softmax are computed in float32 at least, whatever narrower dtype computes the rest.
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from rcm_jax.models.layers import RMSNorm, check_config, dense, stack
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Sizes of an encoder, under the names that transformers gives them."""
+
+    vocab_size: int
+    d_model: int
+    d_kv: int  # features of a head
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128  # from there on all distances are one
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "relu"  # or "gated-gelu", of T5 1.1 and umT5
+    model_type: str = "t5"  # all layers share one position bias; "umt5": each has its own
+    dtype: str = "float32"  # of the computation; parameters stay in the dtype they have
+
+    @property
+    def dim(self):
+        """The width of all heads together, which need not be d_model."""
+        return self.num_heads * self.d_kv
+
+    @property
+    def wide(self):
+        """The dtype of scores and softmax: float32, whatever narrower dtype computes the rest."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+    def __post_init__(self):
+        check_config(self, ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"))
+        if self.dtype == "float16":
+            raise ValueError("dtype float16 ends at 65,504, which activations of T5 exceed; take bfloat16")
+        buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if buckets < 4 or buckets % 4 or distance <= buckets // 4:
+            raise ValueError(
+                f"relative_attention_num_buckets {buckets} must be a multiple of 4, and "
+                f"relative_attention_max_distance {distance} above its quarter"
+            )
+        if self.layer_norm_epsilon <= 0:
+            raise ValueError(f"layer_norm_epsilon {self.layer_norm_epsilon} must be above 0")
+        if self.feed_forward_proj not in ("relu", "gated-gelu"):
+            raise ValueError(f"feed_forward_proj {self.feed_forward_proj!r} is none of relu, gated-gelu")
+        if self.model_type not in ("t5", "umt5"):
+            raise ValueError(f"model_type {self.model_type!r} is none of t5, umt5")
+
+
+PUBLISHED = {
+    "umt5-xxl": T5Config(
+        vocab_size=256384,
+        d_model=4096,
+        d_kv=64,
+        d_ff=10240,
+        num_layers=24,
+        num_heads=64,
+        feed_forward_proj="gated-gelu",
+        model_type="umt5",
+    ),
+    "t5-11b": T5Config(vocab_size=32128, d_model=1024, d_kv=128, d_ff=65536, num_layers=24, num_heads=128),
+}
+
+
+def bucket_of_distance(distance, buckets: int = 32, most: int = 128):
+    """The bucket of each distance, key − query (ints): half of them for keys that come later.
+
+    In each half, half of the buckets hold one distance each, the others grow as powers do up to `most`.
+    """
+    half, exact = buckets // 2, buckets // 4
+    size = np.abs(distance)
+    powers = np.log(np.maximum(size, exact) / exact) / math.log(most / exact)
+    coarse = np.minimum(exact + (powers * (half - exact)).astype(int), half - 1)
+    return np.where(size < exact, size, coarse) + half * (np.asarray(distance) > 0)
+
+
+class RelativeBias(nn.Module):
+    """What the distances of l tokens add to the scores of every head: [n, l, l], query by key."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, length: int):
+        c = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(c.d_model**-0.5), ("vector", "vector"))
+        table = self.param("table", init, (c.relative_attention_num_buckets, c.num_heads))
+        sizes = c.relative_attention_num_buckets, c.relative_attention_max_distance
+        of_distance = table[bucket_of_distance(np.arange(1 - length, length), *sizes)]
+        place = jnp.arange(length)  # the square of distances is computed, not compiled in
+        distance = place[None, :] - place[:, None]
+        return of_distance[distance + length - 1].astype(c.wide).transpose(2, 0, 1)
+
+
+class Attention(nn.Module):
+    """Attention of all tokens to all, with what is added to the scores [b or 1, n or 1, l, l]: [b, l, c] -> [b, l, c].
+
+    In plain jnp: flash_attention takes no bias, and prompts have a few hundred tokens.
+    """
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x_blc, bias):
+        c = self.config
+
+        def project(name):
+            y = dense(c.dim, name, dtype=c.dtype, use_bias=False)(x_blc)
+            return y.reshape(*x_blc.shape[:2], c.num_heads, c.d_kv)
+
+        scores = jnp.einsum("bind,bjnd->bnij", project("q"), project("k"), preferred_element_type=c.wide)
+        weights = nn.softmax(scores + bias).astype(c.dtype)  # T5 does not scale the scores
+        o = jnp.einsum("bnij,bjnd->bind", weights, project("v")).reshape(*x_blc.shape[:2], c.dim)
+        return dense(c.d_model, "out", dtype=c.dtype, axes=("features", "embed"), use_bias=False)(o)
+
+
+class FeedForward(nn.Module):
+    """relu(up x) or gelu(gate x) · up x, and back: [b, l, c] -> [b, l, c]."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        h = dense(c.d_ff, "up", dtype=c.dtype, use_bias=False)(x)
+        if c.feed_forward_proj == "relu":
+            h = nn.relu(h)
+        else:
+            h = h * nn.gelu(dense(c.d_ff, "gate", dtype=c.dtype, use_bias=False)(x))
+        return dense(c.d_model, "down", dtype=c.dtype, axes=("features", "embed"), use_bias=False)(h)
+
+
+class Block(nn.Module):
+    """Self-attention and feed-forward, both residual. A scan body: (x, ...) -> (x, None).
+
+    hidden is added to the scores as well as position, which is None where the block has its own.
+    """
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x_blc, hidden, position):
+        c = self.config
+        if position is None:
+            position = RelativeBias(c, name="relative_bias")(x_blc.shape[1])
+        h = RMSNorm(c.layer_norm_epsilon, name="attention_norm")(x_blc)
+        x_blc = x_blc + Attention(c, name="attention")(h, position + hidden)
+        h = RMSNorm(c.layer_norm_epsilon, name="mlp_norm")(x_blc)
+        return x_blc + FeedForward(c, name="mlp")(h), None
+
+
+class T5Encoder(nn.Module):
+    """Embeddings [b, l, d_model], in the config's dtype, of tokens ids [b, l] (ints) under mask [b, l], 0 where padded.
+
+    The last hidden state after the final norm, and zero where padded, as Wan and Cosmos-Predict2 both have it. ids must
+    be below vocab_size (not checked). ValueError for other shapes.
+    """
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, ids, mask):
+        c = self.config
+        if ids.ndim != 2 or ids.shape != mask.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(f"ids must be ints [b, l], and so the mask, got {ids.dtype} {ids.shape} and {mask.shape}")
+        mask = mask > 0
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vector", "embed"))
+        x_blc = self.param("embedding", init, (c.vocab_size, c.d_model))[ids].astype(c.dtype)
+        position = RelativeBias(c, name="relative_bias")(ids.shape[1]) if c.model_type == "t5" else None
+        hidden = jnp.where(mask, 0, jnp.finfo(c.wide).min).astype(c.wide)[:, None, None]
+        x_blc, _ = stack(Block, c.num_layers, "none")(c, name="blocks")(x_blc, hidden, position)
+        x_blc = RMSNorm(c.layer_norm_epsilon, name="norm_out")(x_blc)
+        return jnp.where(mask[..., None], x_blc, 0)
+
+
+def init(config: T5Config, key):
+    """Boxed parameters (with logical axes) for that config, whatever length of prompts it is used on later."""
+    ids = jnp.zeros((1, 1), jnp.int32)
+    return T5Encoder(config).init(key, ids, ids)["params"]
