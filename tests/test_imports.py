@@ -20,6 +20,7 @@ ALLOWED = {
     "rcm_jax.train_state": set(),
     "rcm_jax.sharding": set(),
     "rcm_jax.models": {"kernels", "rcm_jax.sharding", "rcm_jax.models"},
+    "rcm_jax.vae": {"rcm_jax.models"},
     "rcm_jax.files": set(),
     "rcm_jax.data": {"rcm_jax.data", "rcm_jax.files"},
     "rcm_jax.convert": {"rcm_jax.config", "rcm_jax.convert", "rcm_jax.files", "rcm_jax.models"},

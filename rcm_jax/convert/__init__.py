@@ -11,13 +11,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rcm_jax.config import build
-from rcm_jax.convert import cosmos, t5, table, wan
+from rcm_jax.convert import cosmos, t5, table, wan, wan_vae
 from rcm_jax.models.cosmos import PUBLISHED as PUBLISHED_COSMOS
 from rcm_jax.models.cosmos import CosmosConfig
 from rcm_jax.models.t5 import PUBLISHED as PUBLISHED_T5
 from rcm_jax.models.t5 import T5Config
 from rcm_jax.models.wan import PUBLISHED as PUBLISHED_WAN
 from rcm_jax.models.wan import WanConfig
+from rcm_jax.models.wan_vae import PUBLISHED as PUBLISHED_WAN_VAE
+from rcm_jax.models.wan_vae import WanVAEConfig
 
 
 class Model(NamedTuple):
@@ -54,6 +56,7 @@ MODELS = {
     ),
     "t5": TEXT_ENCODER,
     "umt5": TEXT_ENCODER,
+    "wan_vae": Model(WanVAEConfig, wan_vae.layouts, wan_vae.shapes, wan_vae.described, wan_vae.WIDE, generator=None),
 }
 GENERATORS = [name for name, model in MODELS.items() if model.generator]
 PUBLISHED = {
@@ -61,7 +64,9 @@ PUBLISHED = {
     for kind, published in (("wan", PUBLISHED_WAN), ("cosmos", PUBLISHED_COSMOS))
     for name, config in published.items()
 }
-PUBLISHED_ENCODERS = {name: (config.model_type, config) for name, config in PUBLISHED_T5.items()}
+# Text encoders and the autoencoder are read from their published files whenever they are needed.
+PUBLISHED_AROUND = {name: (config.model_type, config) for name, config in PUBLISHED_T5.items()}
+PUBLISHED_AROUND |= {name: ("wan_vae", config) for name, config in PUBLISHED_WAN_VAE.items()}
 DTYPES = ("float32", "bfloat16", "float16")  # that weights are published in
 
 
@@ -69,8 +74,8 @@ def named(name: str) -> tuple[str, Any]:
     """(key of GENERATORS, config) of a name in PUBLISHED, or of a JSON file that holds {"kind": …, sizes …}."""
     if name in PUBLISHED:
         return PUBLISHED[name]
-    if name in PUBLISHED_ENCODERS:
-        raise ValueError(f"{name} is a text encoder, which is read as it is published: there is nothing to convert")
+    if name in PUBLISHED_AROUND:
+        raise ValueError(f"{name} is read as it is published: there is nothing to convert")
     if not name.endswith(".json"):
         raise ValueError(f"model {name!r} is none of {', '.join(PUBLISHED)}, and no .json file")
     try:

@@ -27,6 +27,17 @@ class Form(NamedTuple):
 SAME = Form(lambda shape: shape, lambda a, shape: a, lambda a, shape: a)
 MATRIX = Form(lambda shape: shape[::-1], lambda a, shape: a.T, lambda a, shape: a.T)  # torch keeps [out, in]
 TABLE = Form(lambda shape: (1, *shape), lambda a, shape: a[0], lambda a, shape: a[None])
+CONV = Form(  # ours is [*window, in, out]
+    lambda shape: (*shape[:-3:-1], *shape[:-2]),
+    lambda a, shape: np.moveaxis(a, (1, 0), (-2, -1)),
+    lambda a, shape: np.moveaxis(a, (-1, -2), (0, 1)),
+)
+
+
+def channel_form(axes: int) -> Form:
+    """Our [c] as one value for each channel of an image or a video: [c, 1, …], with so many axes of one."""
+    return Form(lambda shape: shape + (1,) * axes, lambda a, shape: a.reshape(shape), lambda a, shape: a.reshape(shape))
+
 
 # The leaves of a module: ours, suffix there, form.
 MODULES = {
@@ -35,6 +46,9 @@ MODULES = {
     "norm": (("/scale", ".weight", SAME), ("/bias", ".bias", SAME)),
     "scale": (("/scale", ".weight", SAME),),
     "table": (("", "", TABLE),),
+    "conv": (("/kernel", ".weight", CONV), ("/bias", ".bias", SAME)),
+    "image_gamma": (("/scale", ".gamma", channel_form(2)),),
+    "video_gamma": (("/scale", ".gamma", channel_form(3)),),
 }
 
 
