@@ -14,7 +14,7 @@ not been run at full size. `:tiny` after its name is the same method with hardly
 
 from ml_collections import ConfigDict
 
-from configs import methods
+from configs import methods, wan_1_3b
 from rcm_jax.models.cosmos import PUBLISHED
 
 SIZES = ("model_channels", "num_blocks", "num_heads", "in_channels", "out_channels", "crossattn_emb_channels")
@@ -79,6 +79,7 @@ def get_config(variant: str = "") -> ConfigDict:
         teacher_shift=1.0,
         teacher_solver="unipc",
     )
+    config.media = wan_1_3b.media("t5-11b", clean_prompts=False)
     return methods.choose(config, variant, {"tiny": tiny})
 
 
@@ -86,5 +87,8 @@ def tiny(config: ConfigDict) -> None:
     """The same method with hardly any width."""
     config.data.shape = (1, 4, 6, 4)
     config.model.update(TINY)
+    config.media.text_encoder.update(wan_1_3b.TINY_TEXT)
+    config.media.text_length = 6
+    config.media.vae.update(wan_1_3b.TINY_VAE)
     config.train.update(steps=6, batch_size=8, log_every=1, checkpoint_every=3)
     config.rcm.dmd.update_freq = 2

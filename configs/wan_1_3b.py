@@ -13,8 +13,12 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from configs import methods
+from rcm_jax.models.t5 import PUBLISHED as TEXT_ENCODERS
 from rcm_jax.models.wan import PUBLISHED
+from rcm_jax.models.wan_vae import PUBLISHED as VAES
 
+TINY_TEXT = dict(vocab_size=64, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+TINY_VAE = dict(dim=4, z_dim=4, num_res_blocks=1, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
 TINY = dict(dim=24, ffn_dim=32, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=8, text_len=6, freq_dim=16)
 
 
@@ -22,6 +26,17 @@ def model(name: str) -> dict:
     """The sizes of a published network; how it is computed."""
     sizes = {key: value for key, value in dataclasses.asdict(PUBLISHED[name]).items() if value is not None}
     return sizes | dict(kind="wan", dtype="bfloat16", time_dtype="float32", remat="full", attention="auto")
+
+
+def media(text_encoder: str, clean_prompts: bool) -> dict:
+    """A published text encoder, and the autoencoder that all of these networks share."""
+    return dict(
+        text_encoder=dataclasses.asdict(TEXT_ENCODERS[text_encoder]) | dict(dtype="bfloat16"),
+        text_length=512,
+        clean_prompts=clean_prompts,
+        vae=dataclasses.asdict(VAES["wan2.1-vae"]),
+        fps=16,
+    )
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -75,6 +90,7 @@ def get_config(variant: str = "") -> ConfigDict:
         teacher_shift=5.0,
         teacher_solver="unipc",
     )
+    config.media = media("umt5-xxl", clean_prompts=True)
     return methods.choose(config, variant, {"tiny": tiny})
 
 
@@ -82,6 +98,9 @@ def tiny(config: ConfigDict) -> None:
     """The same method with hardly any width."""
     config.data.shape = (2, 4, 6, 4)
     config.model.update(TINY)
+    config.media.text_encoder.update(TINY_TEXT)
+    config.media.text_length = TINY["text_len"]
+    config.media.vae.update(TINY_VAE)
     config.train.update(steps=6, batch_size=8, log_every=1, checkpoint_every=3)
     config.rcm.warmup = 2
     config.rcm.dmd.update_freq = 2

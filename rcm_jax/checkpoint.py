@@ -40,7 +40,7 @@ def claim_workdir(workdir, values: dict) -> None:
         differing = [
             key
             for key in sorted(there.keys() | here.keys())
-            if there.get(key) != here.get(key) and key not in MAY_CHANGE
+            if there.get(key) != here.get(key) and key not in MAY_CHANGE and not key.startswith("config.media")
         ]
         if differing:
             shown = "; ".join(f"{key} is {there.get(key)} there, {here.get(key)} here" for key in differing[:5])

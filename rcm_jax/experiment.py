@@ -15,6 +15,8 @@ from rcm_jax.data import DigitsConfig, LatentsConfig, MixtureConfig
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.models import NETWORKS, CosmosConfig, DiTConfig, MLPConfig, WanConfig
 from rcm_jax.models.layers import DTYPES
+from rcm_jax.models.t5 import T5Config
+from rcm_jax.models.wan_vae import WanVAEConfig
 from rcm_jax.sharding import MeshConfig
 from rcm_jax.steps import DiffusionConfig, RcmConfig, student_updates
 from rcm_jax.trainer import TrainConfig
@@ -64,6 +66,21 @@ class SamplingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MediaConfig:
+    """What lies between files and the network: a prompt becomes its condition "text", its latents become pixels."""
+
+    text_encoder: T5Config
+    text_length: int  # tokens, to which every prompt is cut or padded
+    clean_prompts: bool  # as Wan does
+    vae: WanVAEConfig
+    fps: int  # frames of pixels in a second
+
+    def __post_init__(self):
+        if min(self.text_length, self.fps) < 1:
+            raise ValueError(f"text_length {self.text_length} and fps {self.fps} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class Generator:
     """A network and what it predicts: all that a converted checkpoint says of itself."""
 
@@ -99,6 +116,7 @@ class Experiment(Pretraining):
     train: TrainConfig
     teacher_dtype: str = "float32"  # of the teacher's parameters in memory; those that are trained are float32
     exact_teacher: bool = False  # F_T is the data's own velocity; a pretrained network is only where the student starts
+    media: MediaConfig | None = None  # of data that are latents of images or videos
 
     @property
     def has_start(self) -> bool:
@@ -148,16 +166,20 @@ def check_teacher(values: dict) -> int:
     there = checkpoint.read_config(folder)
     if "rcm" in there:
         raise ValueError(f"{folder} holds a distilled student; its own teacher may be in {folder}/teacher")
-    shared = [key for key in SHARED_WITH_TEACHER if key in there or key != "data"]
-    theirs, ours = (flatten(_whole({key: v.get(key) for key in shared})) for v in (there, values))
+    check_same(folder, there, values, [key for key in SHARED_WITH_TEACHER if key in there or key != "data"])
+    return there["pretrain"]["train"]["steps"] if "pretrain" in there else 0
+
+
+def check_same(folder, there: dict, values: dict, keys) -> None:
+    """ValueError that lists where the config of a workdir differs from values in these keys (but for NOT_SHARED)."""
+    theirs, ours = (flatten(_whole({key: v.get(key) for key in keys})) for v in (there, values))
     differing = [
         f"{key} is {theirs.get(key)} there, {ours.get(key)} here"
         for key in sorted(theirs.keys() | ours.keys())
         if theirs.get(key) != ours.get(key) and key not in NOT_SHARED
     ]
     if differing:
-        raise ValueError(f"the teacher in {folder} does not fit this config: {'; '.join(differing)}")
-    return there["pretrain"]["train"]["steps"] if "pretrain" in there else 0
+        raise ValueError(f"the network in {folder} does not fit this config: {'; '.join(differing)}")
 
 
 def _whole(values: dict) -> dict:

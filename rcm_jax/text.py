@@ -5,7 +5,6 @@ Wan cleans its prompts, Cosmos-Predict2 takes them as they are. Both give their 
 
 import functools
 import html
-import importlib
 import os
 import pathlib
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from rcm_jax.extras import require
 from rcm_jax.models.t5 import T5Config, T5Encoder
 
 END, PADDING = "</s>", "<pad>"  # tokens that every T5 has
@@ -22,7 +22,7 @@ END, PADDING = "</s>", "<pad>"  # tokens that every T5 has
 def clean(prompt: str) -> str:
     """The prompt as Wan cleans it: wrongly decoded text is mended, HTML entities are resolved twice, and any white
     space becomes one blank, none at the ends."""
-    text = _optional("ftfy").fix_text(prompt)
+    text = require("ftfy", "sample", "prompts").fix_text(prompt)
     return " ".join(html.unescape(html.unescape(text)).split())
 
 
@@ -59,7 +59,7 @@ def _open_tokenizer(folder):
     Not transformers' AutoTokenizer: from the same file that may build another one, which knows no bytes (umT5 spells
     characters by them that it lacks), and without a file one that knows no words, both in silence.
     """
-    tokenizers, path = _optional("tokenizers"), pathlib.Path(folder) / "tokenizer.json"
+    tokenizers, path = require("tokenizers", "sample", "prompts"), pathlib.Path(folder) / "tokenizer.json"
     if not path.is_file():
         problem = "holds no tokenizer.json" if path.parent.is_dir() else "is no folder"
         raise ValueError(f"{folder} {problem}; name the tokenizer's folder that is published with the encoder")
@@ -97,10 +97,3 @@ def encode(config: T5Config, params, ids, mask, batch: int = 8) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(config, params, ids, mask):
     return T5Encoder(config).apply({"params": params}, ids, mask)
-
-
-def _optional(package):
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise ValueError(f"prompts need {package}, which is not installed: pip install 'rcm-jax[sample]'") from None

@@ -1,16 +1,14 @@
 """Tiny Cosmos networks: that of the golden data, and a random one."""
 
-import functools
 import json
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
 from rcm_jax import convert
 from rcm_jax.models.cosmos import Cosmos, CosmosConfig, init
+from tests import tiny
 
 TINY = CosmosConfig(
     model_channels=24,
@@ -37,17 +35,9 @@ def apply(config, params, x, t, cond):
     return Cosmos(config).apply({"params": params}, x, t, **cond)
 
 
-@functools.cache
 def random_params(config: CosmosConfig = TINY, key: int = 0) -> dict:
     """Parameters of which none is zero."""
-    rng = np.random.default_rng(key)
-    shapes = nn.meta.unbox(jax.eval_shape(lambda k: init(config, k), jax.random.key(0)))
-
-    def draw(path, leaf):
-        return jnp.asarray((path[-1].key == "scale") + 0.2 * rng.normal(size=leaf.shape), leaf.dtype)
-
-    with jax.ensure_compile_time_eval():
-        return jax.tree_util.tree_map_with_path(draw, shapes)
+    return tiny.random_params(init, config, key)
 
 
 def inputs(config: CosmosConfig = TINY, batch: int = 2, grid=(1, 4, 6), key: int = 0):

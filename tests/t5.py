@@ -1,17 +1,13 @@
 """Tiny encoders: those of the golden data, and a random one."""
 
 import dataclasses
-import functools
 import json
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
 from safetensors.numpy import load_file
 
 from rcm_jax import convert
 from rcm_jax.models.t5 import T5Config, init
+from tests import tiny
 
 TINY = T5Config(
     vocab_size=20, d_model=16, d_kv=6, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
@@ -50,13 +46,6 @@ def golden_params(path, config, dtype="float32") -> dict:
     return convert.from_reference(config.model_type, load_file(path), config, dtype=dtype)
 
 
-@functools.cache
 def random_params(config: T5Config = TINY, key: int = 0) -> dict:
     """Parameters of which none is zero."""
-    rng = np.random.default_rng(key)
-    shapes = nn.meta.unbox(jax.eval_shape(lambda k: init(config, k), jax.random.key(0)))
-
-    def draw(path, leaf):
-        return np.asarray((path[-1].key == "scale") + 0.3 * rng.normal(size=leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return tiny.random_params(init, config, key)

@@ -50,6 +50,19 @@ def cases(pattern: str) -> list[pathlib.Path]:
     return sorted(GOLDEN.glob(pattern))
 
 
+@functools.cache
+def random_params(init, config, key: int = 0) -> dict:
+    """Parameters of a network of which none is zero (drawn by numpy: nothing to compile)."""
+    rng = np.random.default_rng(key)
+    shapes = nn.meta.unbox(jax.eval_shape(lambda k: init(config, k), jax.random.key(0)))
+
+    def draw(path, leaf):
+        return jnp.asarray((path[-1].key == "scale") + 0.2 * rng.normal(size=leaf.shape), leaf.dtype)
+
+    with jax.ensure_compile_time_eval():
+        return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 def write_latents(folder, x0, text) -> str:
     """x0 [n, t, h, w, c] and text [n, l, d] as a data set on disk; guidance's own text is zeros. Returns the folder."""
     examples = ({"x0": x.astype(np.float32), "text": e.astype(np.float32)} for x, e in zip(x0, text, strict=True))

@@ -7,7 +7,6 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,17 +59,9 @@ def velocity(config: WanConfig) -> denoiser.Velocity:
     return denoiser.from_rectified_flow(net, 1000.0)
 
 
-@functools.cache
 def random_params(config: WanConfig = TINY, key: int = 0) -> dict:
     """Parameters of which none is zero (drawn by numpy: nothing to compile)."""
-    rng = np.random.default_rng(key)
-    shapes = nn.meta.unbox(jax.eval_shape(lambda k: init(config, k), jax.random.key(0)))
-
-    def draw(path, leaf):
-        return jnp.asarray((path[-1].key == "scale") + 0.2 * rng.normal(size=leaf.shape), leaf.dtype)
-
-    with jax.ensure_compile_time_eval():
-        return jax.tree_util.tree_map_with_path(draw, shapes)
+    return tiny.random_params(init, config, key)
 
 
 def inputs(config: WanConfig = TINY, batch: int = 2, grid=(2, 4, 6), key: int = 0):

@@ -3,7 +3,6 @@
 import functools
 import json
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +10,7 @@ from safetensors.numpy import load_file
 
 from rcm_jax import convert
 from rcm_jax.models.wan_vae import Decoder, Encoder, WanVAEConfig, init
+from tests import tiny
 from tests.tiny import cases
 
 TINY = WanVAEConfig(dim=4, dim_mult=(1, 2, 1, 3), num_res_blocks=1)
@@ -64,17 +64,9 @@ def in_chunks(config, half, params, x, lengths) -> np.ndarray:
     return np.concatenate(parts, axis=1)
 
 
-@functools.cache
 def random_params(config: WanVAEConfig = TINY, key: int = 0) -> dict:
     """Parameters of which none is zero."""
-    rng = np.random.default_rng(key)
-    shapes = nn.meta.unbox(jax.eval_shape(lambda k: init(config, k), jax.random.key(0)))
-
-    def draw(path, leaf):
-        return jnp.asarray((path[-1].key == "scale") + 0.2 * rng.normal(size=leaf.shape), leaf.dtype)
-
-    with jax.ensure_compile_time_eval():
-        return jax.tree_util.tree_map_with_path(draw, shapes)
+    return tiny.random_params(init, config, key)
 
 
 def normal(*shape, key: int = 0) -> np.ndarray:

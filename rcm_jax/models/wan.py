@@ -54,6 +54,10 @@ class WanConfig:
     attention: str = "auto"  # implementation of flash_attention
 
     @property
+    def patch(self):
+        return self.patch_size
+
+    @property
     def wide(self):
         """The dtype of modulation and output: float32, whatever narrower dtype computes the blocks."""
         return jnp.promote_types(self.dtype, jnp.float32)
