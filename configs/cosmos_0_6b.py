@@ -5,7 +5,8 @@ python scripts/train.py --config=configs/cosmos_0_6b.py --config.teacher=cosmos-
     --workdir=DIR
 
 The paper trains 80,000 iterations at a global batch of 1,024 and reports GenEval 0.79 with 4 steps (teacher: 0.81);
-this file has not been run at full size.
+this file has not been run at full size. Its latents are those of Cosmos' own image tokenizer, not of the autoencoder of
+Wan2.1 that the larger networks have; that one is not here, so scripts/sample.py draws no images of it.
 """
 
 from ml_collections import ConfigDict
@@ -18,4 +19,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config = cosmos_2b.get_config()
     config.model.update(cosmos_2b.model("cosmos-0.6b"))
     config.train.update(steps=80_000, batch_size=1024)
+    config.media = None
     return methods.choose(config, variant, {"tiny": cosmos_2b.tiny})

@@ -78,8 +78,10 @@ def get_config(variant: str = "") -> ConfigDict:
         mid_times=((), (1.3,), (1.3, 1.0), (1.3, 1.0, 0.6)),  # of 1, 2, 3 and 4 steps
         teacher_shift=1.0,
         teacher_solver="unipc",
+        teacher_sigma_max=80.0,
     )
-    config.media = wan_1_3b.media("t5-11b", clean_prompts=False)
+    # Its T5 runs in float32, and what it is given for no text is zeros.
+    config.media = wan_1_3b.media("t5-11b", text_dtype="float32", clean_prompts=False, zero_negative=True)
     return methods.choose(config, variant, {"tiny": tiny})
 
 
@@ -87,8 +89,9 @@ def tiny(config: ConfigDict) -> None:
     """The same method with hardly any width."""
     config.data.shape = (1, 4, 6, 4)
     config.model.update(TINY)
-    config.media.text_encoder.update(wan_1_3b.TINY_TEXT)
-    config.media.text_length = 6
-    config.media.vae.update(wan_1_3b.TINY_VAE)
+    if config.media:
+        config.media.text_encoder.update(wan_1_3b.TINY_TEXT)
+        config.media.text_length = 6
+        config.media.vae.update(wan_1_3b.TINY_VAE)
     config.train.update(steps=6, batch_size=8, log_every=1, checkpoint_every=3)
     config.rcm.dmd.update_freq = 2

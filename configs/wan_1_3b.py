@@ -17,7 +17,7 @@ from rcm_jax.models.t5 import PUBLISHED as TEXT_ENCODERS
 from rcm_jax.models.wan import PUBLISHED
 from rcm_jax.models.wan_vae import PUBLISHED as VAES
 
-TINY_TEXT = dict(vocab_size=64, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+TINY_TEXT = dict(vocab_size=8, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
 TINY_VAE = dict(dim=4, z_dim=4, num_res_blocks=1, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
 TINY = dict(dim=24, ffn_dim=32, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=8, text_len=6, freq_dim=16)
 
@@ -28,12 +28,11 @@ def model(name: str) -> dict:
     return sizes | dict(kind="wan", dtype="bfloat16", time_dtype="float32", remat="full", attention="auto")
 
 
-def media(text_encoder: str, clean_prompts: bool) -> dict:
-    """A published text encoder, and the autoencoder that all of these networks share."""
-    return dict(
-        text_encoder=dataclasses.asdict(TEXT_ENCODERS[text_encoder]) | dict(dtype="bfloat16"),
+def media(text_encoder: str, text_dtype: str, **others) -> dict:
+    """A published text encoder, and the autoencoder of Wan2.1, which Cosmos-Predict2 2B and 14B have as well."""
+    return others | dict(
+        text_encoder=dataclasses.asdict(TEXT_ENCODERS[text_encoder]) | dict(dtype=text_dtype),
         text_length=512,
-        clean_prompts=clean_prompts,
         vae=dataclasses.asdict(VAES["wan2.1-vae"]),
         fps=16,
     )
@@ -89,8 +88,9 @@ def get_config(variant: str = "") -> ConfigDict:
         mid_times=((), (1.5,), (1.5, 1.4), (1.5, 1.4, 1.0)),  # of 1, 2, 3 and 4 steps
         teacher_shift=5.0,
         teacher_solver="unipc",
+        teacher_sigma_max=5000.0,
     )
-    config.media = media("umt5-xxl", clean_prompts=True)
+    config.media = media("umt5-xxl", text_dtype="bfloat16", clean_prompts=True, zero_negative=False)
     return methods.choose(config, variant, {"tiny": tiny})
 
 

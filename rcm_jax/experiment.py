@@ -53,6 +53,7 @@ class SamplingConfig:
     mid_times: tuple[tuple[float, ...], ...]
     teacher_shift: float = 1.0  # of the teacher's grid, uniform in rectified-flow time before the shift
     teacher_solver: str = "euler"
+    teacher_sigma_max: float | None = None  # None: sigma_max
 
     def __post_init__(self):
         if self.teacher_solver not in samplers.SOLVERS:
@@ -72,6 +73,7 @@ class MediaConfig:
     text_encoder: T5Config
     text_length: int  # tokens, to which every prompt is cut or padded
     clean_prompts: bool  # as Wan does
+    zero_negative: bool  # an empty negative prompt is zeros, as Cosmos-Predict2 was trained; else the encoder's
     vae: WanVAEConfig
     fps: int  # frames of pixels in a second
 
@@ -256,7 +258,7 @@ def teacher_sampler(F: denoiser.Velocity, uncond, guidance: float, sampling: Sam
     """Jitted (params, key, sample_ids [b], cond, sample_shape) -> x0 [b, ...]: the guided PF-ODE, solved."""
     guided = denoiser.guided(F, guidance)
     solver = samplers.SOLVERS[sampling.teacher_solver]
-    times = samplers.ode_times(steps, sampling.sigma_max, sampling.teacher_shift)
+    times = samplers.ode_times(steps, sampling.teacher_sigma_max or sampling.sigma_max, sampling.teacher_shift)
 
     def sample(params, key, ids, cond, shape):
         noise = samplers.unit_noise(jax.random.fold_in(key, 0), ids, shape)

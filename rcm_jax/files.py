@@ -26,6 +26,17 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """OSError unless a file can be written there; the folders that it needs are made."""
+    path = pathlib.Path(path)
+    check_local(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
 def check_local(path: str | os.PathLike) -> None:
     """ValueError for an object store, where nothing can be written so far."""
     path = pathlib.Path(path)

@@ -50,7 +50,7 @@ def generation(values: dict, size: tuple[int, int] | None = None, frames: int | 
     ValueError for a mapping that has no such part, and for sizes that cannot be, with the nearest that can.
     """
     if not values.get("media") or "rcm" not in values:
-        raise ValueError("nothing says how prompts and pixels are made: name a config of latents, e.g. wan_1_3b.py")
+        raise ValueError("nothing says how prompts and pixels are made: name a config with media, e.g. wan_1_3b.py")
     part = {key: values[key] for key in ("model", "parametrization", "time_scale", "sampling", "media")}
     part |= {"shape": values["data"]["shape"], "guidance": values["rcm"]["guidance"]}
     run = build(Generation, part, kinds=experiment.KINDS)
@@ -96,8 +96,11 @@ def open_weights(kind: str, config, path) -> dict:
 
 def embed(media: MediaConfig, tensors, ids, mask) -> np.ndarray:
     """The condition "text" [n, l, d] of tokens [n, l], by the weights that `open_weights` opened."""
-    params = convert.from_reference(media.text_encoder.model_type, tensors, media.text_encoder)
-    return text.encode(media.text_encoder, params, ids, mask)
+    config = media.text_encoder
+    # Not kept here: what is on the host may go when it is on the device.
+    return text.encode(
+        config, convert.from_reference(config.model_type, tensors, config, dtype=config.dtype), ids, mask
+    )
 
 
 def restore(run: Generation, network: experiment.Network, folder, step: int | None = None):
@@ -131,7 +134,7 @@ def counted(F: denoiser.Velocity, tick: Callable[[], object]) -> denoiser.Veloci
 def draw(sampler: Callable, params, texts, seeds: Sequence[int], shape, batch: int) -> np.ndarray:
     """x0 [n, s, *shape] for the conditions "text" [n, l, d] and s seeds, `batch` at a time."""
     pairs = [(row, seed) for row in range(len(texts)) for seed in seeds]
-    parts = []
+    parts, batch = [], min(batch, len(pairs))
     for start in range(0, len(pairs), batch):
         part = pairs[start : start + batch]
         rows, ids = np.array((part + part[-1:] * batch)[:batch]).T  # every batch is as large: one compilation

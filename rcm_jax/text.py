@@ -26,18 +26,28 @@ def clean(prompt: str) -> str:
     return " ".join(html.unescape(html.unescape(text)).split())
 
 
-def tokenize(folder: str | os.PathLike, prompts: Sequence[str], length: int = 512) -> tuple[np.ndarray, np.ndarray]:
+def tokenize(
+    folder: str | os.PathLike, prompts: Sequence[str], length: int = 512, vocab_size: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of prompts and where they are: ids [b, length] and mask [b, length], int32, 1 where there is a token.
 
     Every prompt ends with </s>. What is longer than `length` with it is cut off before it, as the references do, and a
     warning gives the numbers. The folder must hold tokenizer.json, as Wan-AI's google/umt5-xxl and diffusers'
-    tokenizer/ do; nothing else is read. ValueError for one that does not, for a tokenizer that is no T5's, for no
-    prompts.
+    tokenizer/ do; nothing else is read. ValueError for one that does not, for a tokenizer that is no T5's or not of an
+    encoder of so many tokens (vocab_size, which is a little more than the tokenizer has), for prompts that are no text.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts or length < 1:
         raise ValueError(f"{len(prompts)} prompts of {length} tokens: there must be one at least, of one at least")
+    for prompt in prompts:
+        prompt.encode("utf-8")  # a ValueError that says where
     tokenizer = _open_tokenizer(folder)
+    known = tokenizer.get_vocab_size()
+    if vocab_size is not None and not vocab_size / 2 < known <= vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} knows {known} tokens, the encoder {vocab_size}: take the one that is published "
+            "with it"
+        )
     counts = [len(encoding.ids) for encoding in tokenizer.encode_batch(prompts)]
     if cut := sum(count > length for count in counts):
         logging.warning(

@@ -23,14 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tqdm import tqdm
 
 from rcm_jax import checkpoint, convert, experiment, generate, text, trainer, video
 from rcm_jax.data import DATASETS
 from rcm_jax.evaluate.distillation import draw
 from rcm_jax.evaluate.picture import grid, save_png
-from rcm_jax.files import write_whole
+from rcm_jax.files import check_writable, write_whole
 from rcm_jax.sharding import MeshConfig, make_mesh
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir of scripts/train.py or convert_checkpoint.py.")
@@ -47,7 +47,7 @@ CLASSES = flags.DEFINE_list("classes", [], "Class labels, e.g. 3,5,8; all if emp
 # For prompts.
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to show; may be given several times.")
 PROMPTS = flags.DEFINE_string("prompts", None, "A file of prompts, one on each line.")
-NEGATIVE = flags.DEFINE_string("negative_prompt", "", "For a teacher's guidance. (Wan-AI's own is in its repository.)")
+NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What a teacher's guidance leads away from.")
 MODE = flags.DEFINE_enum("mode", None, ["student", "teacher"], "What converted weights are; a trained workdir knows.")
 CONFIG = config_flags.DEFINE_config_file("config", None, "What says how to sample; by default that of the workdir.")
 TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Published weights of umT5 (Wan) or T5 (Cosmos), any layout.")
@@ -73,8 +73,10 @@ def main():
         raise ValueError(
             f"{CHECKPOINT.value} samples from {'classes' if of_classes else 'prompts'}: no {', '.join(wrong)}"
         )
-    if bad := [seed for seed in SEEDS.value if not seed.isdigit() or int(seed) >= 2**32]:
+    if bad := [seed for seed in SEEDS.value if not seed.isdecimal() or int(seed) >= 2**32]:
         raise ValueError(f"--seeds has {', '.join(bad)}: a seed is a number from 0 to {2**32 - 1}")
+    if not SEEDS.value or len(set(map(int, SEEDS.value))) < len(SEEDS.value):
+        raise ValueError(f"--seeds={','.join(SEEDS.value)} must be one number or more, none of them twice")
     (sample_classes if of_classes else sample_prompts)(values)
 
 
@@ -87,7 +89,7 @@ def sample_classes(values):
     labels = parse_classes(CLASSES.value, dataset.num_classes)
     network = experiment.make_network(run, dataset)
     if isinstance(run, experiment.Experiment):
-        refuse_guidance()
+        refuse_guidance(run.rcm.guidance)
         steps = STEPS.value or len(run.sampling.mid_times)
         sampler = experiment.student_sampler(network.F, run.sampling, steps)
     else:
@@ -122,11 +124,14 @@ def sample_prompts(values):
         decoder = None
         if SHEET.value or not OUT.value.endswith(".safetensors"):
             decoder = generate.open_weights("wan_vae", run.media.vae, path(VAE))
-        sentences = prompts + [NEGATIVE.value] * of_teacher
+        sentences = [*prompts, negative_prompt(run.media, guidance)]
         sentences = [text.clean(sentence) for sentence in sentences] if run.media.clean_prompts else sentences
-        tokens = text.tokenize(path(TOKENIZER), sentences, run.media.text_length)
+        vocabulary = run.media.text_encoder.vocab_size
+        tokens = text.tokenize(path(TOKENIZER), sentences, run.media.text_length, vocabulary)
     with timed(clock, "text"):
         texts = generate.embed(run.media, encoder, *tokens)
+        if run.media.zero_negative and not sentences[-1]:
+            texts[-1] = 0
     with timed(clock, "sampling"):
         params = generate.restore(run, network, CHECKPOINT.value, STEP.value)
         calls = -(-len(prompts) * len(seeds) // BATCH.value) * steps
@@ -152,7 +157,7 @@ def what_samples(values) -> tuple[bool, generate.Generation]:
     if MODE.value not in (None, mode):
         raise ValueError(f"--mode={MODE.value}, but {CHECKPOINT.value} holds a {mode}")
     if mode == "student":
-        refuse_guidance()
+        refuse_guidance(values["rcm"]["guidance"] if "rcm" in values else "of its own")
     given = values if CONFIG.value is None else CONFIG.value.to_dict()
     experiment.check_same(CHECKPOINT.value, values, given, ("model", "parametrization", "time_scale"))
     size = None
@@ -163,19 +168,31 @@ def what_samples(values) -> tuple[bool, generate.Generation]:
     return mode == "teacher", generate.generation(given, size, FRAMES.value)
 
 
-def refuse_guidance() -> None:
+def refuse_guidance(built_in) -> None:
     """ValueError for flags that a student has no use for."""
     if given := [f"--{flag.name}" for flag in (GUIDANCE, NEGATIVE) if flag.present]:
+        raise ValueError(f"{', '.join(given)} is for teachers: this student was distilled with guidance {built_in}")
+
+
+def negative_prompt(media, guidance) -> str:
+    """That of --negative_prompt; ValueError if it is missing where it matters, or is there for nothing."""
+    if guidance in (None, 1.0):
+        if NEGATIVE.present:
+            raise ValueError("--negative_prompt is for guidance, and with --guidance=1 there is none")
+        return ""
+    if NEGATIVE.value is None and not media.zero_negative:
         raise ValueError(
-            f"{', '.join(given)} is for teachers: {CHECKPOINT.value} holds a student, distilled with its own"
+            "guidance needs --negative_prompt: Wan-AI's own is sample_neg_prompt in wan/configs/shared_config.py of "
+            "Wan-Video/Wan2.1; --negative_prompt= is an empty one, which makes weaker samples"
         )
+    return NEGATIVE.value or ""
 
 
 def read_prompts() -> list[str]:
     """The prompts of --prompt and --prompts."""
     prompts = list(PROMPT.value)
     if PROMPTS.value is not None:
-        lines = pathlib.Path(PROMPTS.value).read_text(encoding="utf-8").splitlines()
+        lines = pathlib.Path(PROMPTS.value).read_text(encoding="utf-8-sig").splitlines()
         prompts += [line.strip() for line in lines if line.strip()]
         if not any(line.strip() for line in lines):
             raise ValueError(f"{PROMPTS.value} holds no prompt: it must have one on a line")
@@ -194,6 +211,8 @@ def paths_of(out: pathlib.Path, run, prompts: int, seeds: list[int]) -> list[lis
         raise ValueError(f"--sheet={SHEET.value} must end in .png")
     if out.suffix == ".mp4":
         video.check_video()
+    for file in [out] + [pathlib.Path(SHEET.value)] * (SHEET.value is not None):
+        check_writable(file)
     if prompts == len(seeds) == 1:
         return [[out]]
     return [[out.with_stem(f"{out.stem}-{row:03d}-seed{seed}") for seed in seeds] for row in range(prompts)]
@@ -211,7 +230,7 @@ def path(flag) -> pathlib.Path:
 def write_all(run, decoder, latents, paths) -> None:
     """Every sample x0 of latents [prompts, seeds, t, h, w, c] in its file, and the sheet."""
     shown, places = [], (0, 0.5, 1) if run.frames > 1 else (0,)
-    params = decoder and convert.from_reference("wan_vae", decoder, run.media.vae)
+    params = decoder and jax.device_put(convert.from_reference("wan_vae", decoder, run.media.vae))
     with tqdm(total=latents.shape[0] * latents.shape[1], desc="writing", unit="file", dynamic_ncols=True) as bar:
         for row, samples in zip(paths, latents, strict=True):
             for out, x0 in zip(row, samples, strict=True):
@@ -219,7 +238,7 @@ def write_all(run, decoder, latents, paths) -> None:
                 if out.suffix != ".safetensors":
                     generate.write(out, frames, run.media.fps)
                 else:
-                    write_whole(out, lambda temporary, x0=x0: save_file({"x0": x0}, temporary))
+                    write_whole(out, lambda temporary, x0=x0: temporary.write_bytes(save({"x0": x0})))
                     collections.deque(frames if SHEET.value else (), maxlen=0)
                 bar.update()
     if SHEET.value:

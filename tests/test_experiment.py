@@ -163,3 +163,13 @@ def test_parameters_in_another_dtype_take_the_place_of_the_first():
     assert {leaf.dtype for leaf in jax.tree.leaves(narrow)} == {jnp.dtype("bfloat16")}
     np.testing.assert_array_equal(narrow["a"], [0, 1, 2, 3])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+
+
+def test_a_teacher_may_start_at_another_noise_level():
+    key = jax.random.key(0)
+    further = dataclasses.replace(SAMPLING, teacher_sigma_max=5000.0)
+    sampled = experiment.teacher_sampler(F, UNCOND, 2.0, further, 4)(0.5, key, np.arange(6), COND, SHAPE)
+    noise = samplers.unit_noise(jax.random.fold_in(key, 0), np.arange(6), SHAPE)
+    times = samplers.ode_times(4, 5000.0, SAMPLING.teacher_shift)
+    expected = samplers.euler(denoiser.guided(F, 2.0), 0.5, noise, times, (COND, UNCOND))
+    np.testing.assert_allclose(sampled, expected, rtol=1e-5, atol=1e-6)

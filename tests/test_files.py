@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from rcm_jax.files import check_new_folder, new_folder, write_text, write_whole
+from rcm_jax.files import check_new_folder, check_writable, new_folder, write_text, write_whole
 
 
 def test_a_file_is_replaced_as_a_whole_and_nothing_else_is_left(tmp_path):
@@ -76,3 +76,13 @@ def test_a_folder_that_cannot_be_made_is_refused_at_once(tmp_path, path, message
     with pytest.raises(ValueError, match=message):
         check_new_folder(path.format(tmp=tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before(tmp_path):
+    check_writable(tmp_path / "new" / "a.png")
+    assert list((tmp_path / "new").iterdir()) == []
+    with pytest.raises(IsADirectoryError, match="is a folder: name a file"):
+        check_writable(tmp_path / "new")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        check_writable(tmp_path / "file" / "a.png")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import cosmos_2b, digits, wan_1_3b
+from configs import cosmos_0_6b, cosmos_2b, digits, wan_1_3b
 from rcm_jax import convert, generate, samplers
 from rcm_jax.convert.files import write_tensors
 from rcm_jax.models import wan_vae
@@ -39,8 +39,9 @@ def test_sizes_that_cannot_be_are_refused_with_the_nearest(arguments, message):
 
 
 def test_configs_that_do_not_fit_themselves_are_refused():
-    with pytest.raises(ValueError, match="nothing says how prompts and pixels are made"):
-        generate.generation(digits.get_config().to_dict())
+    for values in (digits.get_config().to_dict(), cosmos_0_6b.get_config().to_dict()):
+        with pytest.raises(ValueError, match="nothing says how prompts and pixels are made"):
+            generate.generation(values)
     other = WAN | {"data": WAN["data"] | {"shape": (2, 4, 6, 5)}}
     with pytest.raises(ValueError, match=r"latents of shape \[2, 4, 6, 5\] must be .* with the 4 channels"):
         generate.generation(other)
@@ -69,7 +70,7 @@ def test_a_sample_depends_on_its_prompt_and_seed_alone_and_every_step_is_counted
     together = generate.draw(sampler, params, texts, [5, 6], run.shape, batch=4)
     jax.effects_barrier()
     assert together.shape == (3, 2, *run.shape) and len(ticks) == 2 * 2  # two batches of two steps
-    alone = generate.draw(sampler, params, texts[1:2], [6], run.shape, batch=1)
+    alone = generate.draw(sampler, params, texts[1:2], [6], run.shape, batch=8)  # of which one is asked for
     np.testing.assert_allclose(together[1, 1], alone[0, 0], rtol=1e-4, atol=1e-4)
     noise = samplers.unit_noise(jax.random.fold_in(jax.random.key(0), 0), [6], run.shape)
     assert not np.allclose(together[1, 0], together[1, 1]) and jnp.std(noise) > 0.8

@@ -107,3 +107,13 @@ def test_tokens_that_the_encoder_lacks_are_refused_with_the_numbers():
         text.encode(TINY, random_params(), ids, np.ones_like(ids))
     with pytest.raises(ValueError, match=r"ids \(0, 5\), 8 prompts at a time"):
         text.encode(TINY, random_params(), np.zeros((0, 5), int), np.zeros((0, 5)))
+
+
+def test_a_tokenizer_of_another_encoder_and_prompts_that_are_no_text_are_refused(tmp_path):
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    for size in (5, 12):
+        with pytest.raises(ValueError, match=f"knows 6 tokens, the encoder {size}: take the one that is published"):
+            text.tokenize(folder, ["a cat"], 4, vocab_size=size)
+    assert text.tokenize(folder, ["a cat"], 4, vocab_size=8)[0].shape == (1, 4)
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        text.tokenize(folder, ["caf\udce9"], 4)

@@ -136,7 +136,8 @@ def from_reference(name: str, tensors: Mapping, config, *, dtype=None, progress=
     Args:
       name: a key of MODELS.
       tensors: {reference name: array, or anything with shape and dtype that np.asarray reads}, with or without one
-        of table.PREFIXES. They are read one by one: at no time is more than one in memory beside the result.
+        of table.PREFIXES. They are read one by one: at no time is more than one in memory beside the result. (Two for
+        a moment, where a file has a tensor under two names.)
       config: of the model, e.g. WanConfig.
       dtype: of the result; None keeps that of the tensors.
       progress: called with the bytes of every tensor read.

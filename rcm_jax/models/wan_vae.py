@@ -1,4 +1,4 @@
-"""The causal video autoencoder of Wan2.1 (wan/modules/vae.py of Wan-Video/Wan2.1), Cosmos-Predict2's tokenizer as well.
+"""The causal video autoencoder of Wan2.1 (wan/modules/vae.py of Wan-Video/Wan2.1) and of Cosmos-Predict2 2B and 14B.
 
 No layer sees a later frame, so a video streams through in chunks: every layer takes the last frames that it saw before,
 its cache, and returns those for the next chunk. A cache is a dict of arrays; an empty one is the start of a video. The

@@ -107,7 +107,7 @@ def test_teacher_samples_chosen_classes_and_the_seed_decides(trained, run_script
     picture = sample("a", "--classes=3,5,8", "--guidance=1.5")
     assert_grid(picture, rows=3, columns=2)
     np.testing.assert_array_equal(sample("b", "--classes=3,5,8", "--guidance=1.5"), picture)
-    other = sample("c", "--classes=3,5,8", "--guidance=1.5", "--seed=1")
+    other = sample("c", "--classes=3,5,8", "--guidance=1.5", "--seeds=1")
     assert other.shape == picture.shape
     assert np.any(other != picture)
 
