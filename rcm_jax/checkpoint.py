@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rcm_jax import distributed
 from rcm_jax.config import flatten
 from rcm_jax.files import check_local, new_folder, write_text
 from rcm_jax.train_state import TrainState
@@ -19,7 +20,8 @@ from rcm_jax.train_state import TrainState
 CHUNK_BYTES = 2**28  # of converted arrays on disk: a host that needs a part of one reads little more than that
 
 # What may change between a run and its continuation: when it stops and what it shows, not what it learns.
-_SHOWN = {f"config.sampling.{key}" for key in ("sigma_max", "mid_times", "teacher_shift", "teacher_solver")}
+_SHOWN_KEYS = ("sigma_max", "mid_times", "teacher_shift", "teacher_solver", "teacher_sigma_max")
+_SHOWN = {f"config.sampling.{key}" for key in _SHOWN_KEYS}
 # (More pretraining steps would be another teacher. Data may be moved: that they are the same is the user's word.)
 _HABITS = ("log_every", "checkpoint_every", "sample_every", "keep", "wandb")
 MAY_CHANGE = (
@@ -31,7 +33,10 @@ MAY_CHANGE = (
 
 
 def claim_workdir(workdir, values: dict) -> None:
-    """Write config.json into a workdir; ValueError if it is there, of another config in more than MAY_CHANGE."""
+    """Write config.json into a workdir; ValueError if it is there, of another config in more than MAY_CHANGE.
+
+    All processes look; the first writes, and they go on when it has.
+    """
     workdir = pathlib.Path(workdir)
     check_local(workdir)
     path = workdir / "config.json"
@@ -47,11 +52,13 @@ def claim_workdir(workdir, values: dict) -> None:
             more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
             raise ValueError(f"workdir {workdir} belongs to another config: {shown}{more}. Choose another --workdir.")
         if there == here:
-            return
+            return distributed.wait("workdir")
     elif workdir.exists() and any(workdir.iterdir()):
         raise ValueError(f"workdir {workdir} is not empty and has no config.json: choose a new or empty --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(values, indent=1) + "\n")
+    if distributed.first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(values, indent=1) + "\n")
+    distributed.wait("workdir")
 
 
 def read_config(workdir) -> dict:

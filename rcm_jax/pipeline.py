@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from rcm_jax import checkpoint, denoiser, experiment, trainer
+from rcm_jax import checkpoint, denoiser, distributed, experiment, trainer
 from rcm_jax.data import DATASETS
 from rcm_jax.data.dataset import Dataset, batches
 from rcm_jax.denoiser import Velocities
@@ -60,9 +60,15 @@ def train(values: dict, workdir) -> Trained:
     return Trained(run, dataset, network, teacher_F, teacher, folder, workdir, state)
 
 
+def on_host(trained: Trained) -> Trained:
+    """With the averaged student and the teacher in the memory of every process, which can then use them alone."""
+    ema, teacher = distributed.on_host((trained.state.ema, trained.teacher))
+    return trained._replace(state=trained.state.replace(ema=ema), teacher=teacher)
+
+
 def pretrain(run, folder, mesh, dataset, network, abstract) -> TrainState:
     """Train the teacher in folder; returns its last state, at once if it is finished."""
-    method = diffusion_method(run.pretrain.method, network.F, dataset.uncond)
+    method, size = diffusion_method(run.pretrain.method, network.F, dataset.uncond), run.pretrain.train.batch_size
     key = jax.random.key(run.seed)
     state, shardings = trainer.place_state(method, abstract, mesh, key, experiment.make_params(network))
     sampler = experiment.teacher_sampler(network.F, dataset.uncond, run.rcm.guidance, run.sampling, TEACHER_STEPS[0])
@@ -71,7 +77,7 @@ def pretrain(run, folder, mesh, dataset, network, abstract) -> TrainState:
         state,
         shardings,
         None,
-        batches(dataset.train, run.pretrain.train.batch_size, run.seed),
+        batches(dataset.train, size, run.seed, distributed.local_rows(size, mesh)),
         config=run.pretrain.train,
         workdir=folder,
         mesh=mesh,
@@ -86,7 +92,7 @@ def distil(run, workdir, mesh, dataset, network, teacher_F, abstract, params) ->
     velocities = Velocities(
         student=network.F, teacher=denoiser.guided(teacher_F, run.rcm.guidance), fake_score=network.F
     )
-    method = rcm_method(run.rcm, velocities)
+    method, size = rcm_method(run.rcm, velocities), run.train.batch_size
     key = jax.random.key(run.seed)
     if params is None:
         state, shardings = trainer.place_state(method, abstract, mesh, key, experiment.make_params(network))
@@ -100,7 +106,7 @@ def distil(run, workdir, mesh, dataset, network, teacher_F, abstract, params) ->
         state,
         shardings,
         teacher,
-        batches(dataset.train, run.train.batch_size, run.seed + 1),
+        batches(dataset.train, size, run.seed + 1, distributed.local_rows(size, mesh)),
         config=run.train,
         workdir=workdir,
         mesh=mesh,
@@ -112,7 +118,13 @@ def distil(run, workdir, mesh, dataset, network, teacher_F, abstract, params) ->
 
 
 def sample_writer(run, folder, dataset, sampler):
-    """What draws samples while a network trains, for data that can be shown."""
+    """What draws samples while a network trains, for data that can be shown; of several processes the first draws."""
     if dataset.to_image is None:
         return None
-    return lambda state, step: write_samples(run, folder, dataset, sampler, state.ema, step)
+
+    def write(state, step):
+        params = distributed.on_host(state.ema) if distributed.several() else state.ema
+        if distributed.first():
+            write_samples(run, folder, dataset, sampler, params, step)
+
+    return write

@@ -5,16 +5,16 @@ import dataclasses
 import signal
 import sys
 from collections.abc import Callable
-from functools import partial
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from rcm_jax import checkpoint
+from rcm_jax import checkpoint, distributed
 from rcm_jax.metrics import Mean, MetricsWriter
-from rcm_jax.sharding import batch_sharding, check_batch, state_sharding
+from rcm_jax.sharding import check_batch, state_sharding
 from rcm_jax.steps import Method
 from rcm_jax.train_state import Teacher, TrainState
 
@@ -38,7 +38,7 @@ class TrainConfig:
 
 
 class Interrupted(Exception):
-    """Training was asked to stop (SIGINT, SIGTERM); everything up to `step` is saved."""
+    """Training was asked to stop (SIGTERM, or SIGINT of a single process); everything up to `step` is saved."""
 
     def __init__(self, step: int):
         super().__init__(f"stopped at step {step}; the same command goes on from there")
@@ -76,7 +76,7 @@ def fit(
 ) -> TrainState:
     """Train from the newest checkpoint of workdir, or from `state`, to config.steps; returns the last state.
 
-    state is donated. data is an iterator with get_state/set_state (rcm_jax.data.dataset.batches).
+    state is donated. data is an iterator with get_state/set_state (rcm_jax.data.dataset.batches), of the local rows.
     on_sample(state, step) is called every sample_every steps and at the end.
     Raises Interrupted, after saving, if a signal asks to stop.
     """
@@ -88,20 +88,20 @@ def fit(
             jax.tree.map(lambda leaf: leaf.delete(), state)  # two states of 14B parameters need not fit
             state = checkpoint.restore(manager, abstract, data)
         step, mean = int(state.step), Mean()
-        with contextlib.closing(MetricsWriter(workdir, step, config.wandb)) as writer, _bar(label, step, config) as bar:
+        with _written(workdir, step, config.wandb) as write, _bar(label, step, config) as bar:
             while step < config.steps:
-                batch = jax.tree.map(partial(jax.make_array_from_process_local_data, batch_sharding(mesh)), next(data))
+                batch = distributed.global_batch(next(data), config.batch_size, mesh)
                 state, metrics = compiled[method.phase(step)](state, teacher, batch)
                 step += 1
                 mean.add(metrics)
                 bar.update()
-                stopping = stop()
+                stopping = stop(step)
                 last = stopping or step == config.steps
                 if "probe" in compiled and step % config.sample_every == 0:
                     mean.add(compiled["probe"](state, teacher, batch), steps=0)
                 if last or step % config.log_every == 0:
                     count, values = mean.steps, mean.read()
-                    writer.write(step, values)
+                    write(step, values)
                     bar.set_postfix(_shown(values), refresh=False)
                     _check_updates(values, step, count)
                 if last or step % config.checkpoint_every == 0:
@@ -116,7 +116,20 @@ def fit(
 def _bar(label, step, config) -> tqdm:
     """Progress on the console: rate, losses, time left."""
     often = 0.5 if sys.stderr.isatty() else 20  # seconds
-    return tqdm(total=config.steps, initial=step, desc=label, unit="step", dynamic_ncols=True, mininterval=often)
+    silent = not distributed.first()
+    return tqdm(
+        total=config.steps, initial=step, desc=label, unit="step", dynamic_ncols=True, mininterval=often, disable=silent
+    )
+
+
+@contextlib.contextmanager
+def _written(workdir, step, wandb):
+    """What writes metrics, (step, values) -> None: in the first process alone."""
+    if not distributed.first():
+        yield lambda step, values: None
+        return
+    with contextlib.closing(MetricsWriter(workdir, step, wandb)) as writer:
+        yield writer.write
 
 
 def _check_updates(values: dict, step: int, count: int) -> None:
@@ -157,7 +170,13 @@ def _shown(values: dict) -> dict:
 
 @contextlib.contextmanager
 def _stop_requested():
-    """A function that says whether SIGINT or SIGTERM came; the second signal acts as usual."""
+    """step -> whether SIGINT or SIGTERM came; the second signal acts as usual.
+
+    Of several processes any may get SIGTERM, and all hear of it at the same step; JAX listens for it there.
+    """
+    if distributed.several():
+        yield multihost_utils.reached_preemption_sync_point
+        return
     seen = []
     previous = {}
 
@@ -169,7 +188,7 @@ def _stop_requested():
         with contextlib.suppress(ValueError):  # not in the main thread
             previous[number] = signal.signal(number, handle)
     try:
-        yield lambda: bool(seen)
+        yield lambda step: bool(seen)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -2,33 +2,51 @@
 
 Pretrains a teacher in DIR/teacher if config.teacher names none, distils it into DIR, and writes DIR/report/ for data
 that are pictures of classes or a mixture. Started again on the same DIR it goes on from the newest checkpoint.
+
+On several hosts start the same command on each: with --distributed where SLURM, Kubernetes, a Cloud TPU or MPI say who
+is who, else with --coordinator=HOST:PORT --processes=N --process=I. DIR must be the same folder for all.
 """
 
 import common  # noqa: I001  (puts the checkout on the path)
 import time
 
+import jax
 from absl import flags
 
-from rcm_jax import pipeline, trainer
+from rcm_jax import distributed, pipeline, trainer
 from rcm_jax.data import DigitsConfig, MixtureConfig
 from rcm_jax.evaluate.distillation import write_distillation_report
 from rcm_jax.evaluate.mixture_report import write_mixture_report
 
 CONFIG = common.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics, samples and the report go.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, as the environment says.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, reachable by all; PORT is free there.")
+PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
+PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
 flags.mark_flags_as_required(["config", "workdir"])
 REPORTS = {DigitsConfig: write_distillation_report, MixtureConfig: write_mixture_report}
 
 
 def main():
     started = time.time()
+    if DISTRIBUTED.value or any(flag.present for flag in (COORDINATOR, PROCESSES, PROCESS)):
+        distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    say = print if distributed.first() else lambda *_: None
     try:
         trained = pipeline.train(CONFIG.value.to_dict(), WORKDIR.value)
     except trainer.Interrupted as stop:
-        print(stop)
+        say(stop)
         raise SystemExit(130) from None  # not finished, as a shell says it
-    print(f"trained in {(time.time() - started) / 60:.1f} min: {WORKDIR.value}")
-    if write_report := REPORTS.get(type(trained.run.data)):
+    except jax.errors.JaxRuntimeError as error:
+        if distributed.several():
+            distributed.leave(error)
+        raise
+    say(f"trained in {(time.time() - started) / 60:.1f} min: {WORKDIR.value}")
+    write_report = REPORTS.get(type(trained.run.data))
+    if write_report and distributed.several():
+        trained = pipeline.on_host(trained)
+    if write_report and distributed.first():
         print(write_report(trained))
         print(f"{trained.folder / 'report'}: report.png, report.json ({(time.time() - started) / 60:.1f} min in all)")
 

@@ -51,8 +51,10 @@ def random_access(examples):
     return Examples(examples) if isinstance(examples, Mapping) else examples
 
 
-def batches(examples, batch_size: int, seed: int) -> grain.DatasetIterator:
+def batches(examples, batch_size: int, seed: int, rows=slice(None)) -> grain.DatasetIterator:
     """Endless shuffled batches [batch_size, ...]; get_state and set_state of the iterator are its position.
+
+    rows: those of every batch that are read, the others being for other processes. The position is that of them all.
 
     Every epoch is a new permutation, and batches run over epoch borders: no example is dropped. In memory are
     indices and four batches ahead, however many examples there are.
@@ -64,5 +66,5 @@ def batches(examples, batch_size: int, seed: int) -> grain.DatasetIterator:
     source = random_access(examples)
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(batch_size)
     # Whole batches are gathered at once: one indexing per array, not one per example.
-    stream = order.map(lambda rows: source[np.asarray(rows)])
+    stream = order.map(lambda batch: source[np.asarray(batch)[rows]])
     return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)))

@@ -41,11 +41,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.fixture(scope="session")
-def run_script(tmp_path_factory):
-    """run_script(name, *arguments, devices=1, small=False) -> the finished process, output captured."""
+def start_script(tmp_path_factory):
+    """start_script(name, *arguments, devices=1, small=False) -> a running process whose output is piped."""
     cache = tmp_path_factory.mktemp("xla")
 
-    def run(name, *arguments, devices=1, small=False):
+    def start(name, *arguments, devices=1, small=False):
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -55,17 +55,26 @@ def run_script(tmp_path_factory):
             "PYTHONPATH": str(ROOT),
         }
         program = ["-c", SHRINK, f"scripts/{name}.py"] if small else [f"scripts/{name}.py"]
-        return subprocess.run(
-            [sys.executable, *program, *map(str, arguments)],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        command = [sys.executable, *program, *map(str, arguments)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
-    return run
+    return start
+
+
+def finish(process, seconds=300) -> subprocess.CompletedProcess:
+    """What a running process has printed when it ends; it is killed if it does not."""
+    try:
+        output = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, *output)
+
+
+@pytest.fixture(scope="session")
+def run_script(start_script):
+    """run_script(name, *arguments, devices=1, small=False) -> the finished process, output captured."""
+    return lambda *arguments, **options: finish(start_script(*arguments, **options))
 
 
 @pytest.fixture(scope="session")

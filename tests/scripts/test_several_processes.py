@@ -1,0 +1,94 @@
+"""Several processes on 127.0.0.1 train as one does, and end when one of them is gone."""
+
+import contextlib
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from rcm_jax import checkpoint
+from rcm_jax.metrics import read_metrics
+from tests.scripts.conftest import TINY, assert_refused, finish
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start_all(start_script, processes, workdir, *flags, devices=1):
+    """The processes of one run, on a tiny distillation of the digits."""
+    cluster = [f"--coordinator=127.0.0.1:{free_port()}", f"--processes={processes}"]
+    arguments = [f"--workdir={workdir}", *TINY, *flags, *cluster]
+    options = dict(devices=devices, small=True)
+    return [start_script("train", *arguments, f"--process={i}", **options) for i in range(processes)]
+
+
+def assert_same_run(workdir, one):
+    """Parameters and metrics of two workdirs agree, up to the order of sums."""
+    for item in ("ema", "student", "fake_score"):
+        ours, theirs = (checkpoint.restore_params(folder, item)[0] for folder in (workdir, one))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, theirs)
+    ours, theirs = read_metrics(workdir), read_metrics(one)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for row, other in zip(ours, theirs, strict=True):
+        assert row.keys() == other.keys()
+        for name in (name for name in row if name.endswith("/loss")):
+            np.testing.assert_allclose(row[name], other[name], rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_devices_train_as_one(trained, start_script, tmp_path):
+    one, _ = trained
+    flags = [f"--config.teacher={one / 'teacher'}", "--config.mesh.data=2", "--config.mesh.fsdp=2"]
+    first, second = map(finish, start_all(start_script, 2, tmp_path / "run", *flags, devices=2))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert_same_run(tmp_path / "run", one)
+
+
+def test_the_others_end_when_one_is_killed_and_all_go_on_exactly(trained, start_script, tmp_path):
+    one, _ = trained
+    flags = [f"--config.teacher={one / 'teacher'}", "--config.mesh.data=1", "--config.mesh.fsdp=2"]
+    running = start_all(start_script, 2, tmp_path / "run", *flags)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "run/checkpoints/2").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running[1].kill()
+    killed = time.monotonic()
+    left = finish(running[0], 60)
+    finish(running[1])
+    assert left.returncode not in (0, None) and time.monotonic() - killed < 60
+    assert "start all again" in left.stderr or "another task died" in left.stderr
+    assert "trained" not in left.stdout
+    first, second = map(finish, start_all(start_script, 2, tmp_path / "run", *flags))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert_same_run(tmp_path / "run", one)
+    assert "trained in" in first.stdout and "student 4" in first.stdout
+    assert "trained" not in second.stdout and "rCM:" not in second.stderr
+    assert (tmp_path / "run/report/report.png").exists()
+    assert sorted(path.name for path in (tmp_path / "run/samples").iterdir()) == ["00000003.png", "00000006.png"]
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one(trained, start_script, tmp_path):
+    one, _ = trained
+    flags = [f"--config.teacher={one / 'teacher'}", "--config.mesh.data=2", "--config.mesh.fsdp=2"]
+    ends = list(map(finish, start_all(start_script, 4, tmp_path / "run", *flags)))
+    assert [end.returncode for end in ends] == [0] * 4, ends[0].stderr
+    assert_same_run(tmp_path / "run", one)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--processes=2"], ["--coordinator and --process is missing"]),
+        (["--coordinator=127.0.0.1:1", "--processes=2", "--process=2"], ["--process=2 must be from 0 to 1"]),
+        (["--distributed"], ["no cluster is known by the environment"]),
+    ],
+)
+def test_processes_that_cannot_meet_are_refused_in_one_line(run_script, tmp_path, flags, words):
+    assert_refused(run_script("train", f"--workdir={tmp_path / 'new'}", *TINY, *flags), *words)
+    assert not list(tmp_path.iterdir())
