@@ -4,6 +4,7 @@ A sample depends on its prompt and its seed alone, not on the batch in which it 
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -17,6 +18,7 @@ from rcm_jax.convert.files import open_tensors
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.evaluate.picture import save_png
 from rcm_jax.experiment import Generator, MediaConfig, SamplingConfig
+from rcm_jax.models import check_network
 from rcm_jax.models.wan_vae import check_pixels
 from rcm_jax.sharding import MeshConfig, make_mesh
 
@@ -103,9 +105,22 @@ def embed(media: MediaConfig, tensors, ids, mask) -> np.ndarray:
     )
 
 
-def restore(run: Generation, network: experiment.Network, folder, step: int | None = None):
-    """The averaged parameters of a workdir in the dtype they are stored in, over all devices."""
-    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+def make_sampling_mesh(run: Generation, batch: int):
+    """A mesh of all devices: samples over as many as divide the batch, and their tokens over the rest, if they can."""
+    devices = len(jax.devices())
+    fsdp = math.gcd(batch, devices)
+    rest = devices // fsdp
+    for seq in (n for n in range(rest, 0, -1) if rest % n == 0):
+        mesh = make_mesh(MeshConfig(data=rest // seq, fsdp=fsdp, seq=seq))
+        try:
+            check_network(run.model, run.shape, mesh)
+        except ValueError:
+            continue
+        return mesh
+
+
+def restore(run: Generation, network: experiment.Network, folder, step: int | None, mesh):
+    """The averaged parameters of a workdir in the dtype they are stored in, over the devices of a mesh."""
     abstract = trainer.abstract_params(jax.eval_shape(network.init, jax.random.key(0)), mesh)
     stored, step = checkpoint.params_of(folder, "ema", step)
     abstract = jax.tree.map(

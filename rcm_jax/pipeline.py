@@ -10,6 +10,7 @@ from rcm_jax.data import DATASETS
 from rcm_jax.data.dataset import Dataset, batches
 from rcm_jax.denoiser import Velocities
 from rcm_jax.evaluate.distillation import TEACHER_STEPS, write_samples
+from rcm_jax.models import check_network
 from rcm_jax.sharding import check_batch, make_mesh, replicated
 from rcm_jax.steps import diffusion_method, rcm_method
 from rcm_jax.train_state import Teacher, TrainState
@@ -45,6 +46,7 @@ def train(values: dict, workdir) -> Trained:
         raise ValueError("config.exact_teacher is set, but the velocity of these data is not known: set it to False")
     network = experiment.make_network(run, dataset)
     abstract = jax.eval_shape(network.init, jax.random.key(0))
+    check_network(run.model, dataset.sample_shape, mesh)
     folder = params = None
     if run.has_start:
         folder = pathlib.Path(run.teacher or workdir / "teacher")
@@ -83,7 +85,7 @@ def pretrain(run, folder, mesh, dataset, network, abstract) -> TrainState:
         mesh=mesh,
         key=jax.random.fold_in(key, 1),
         label="teacher",
-        on_sample=sample_writer(run, folder, dataset, sampler),
+        on_sample=sample_writer(run, folder, dataset, sampler, mesh),
     )
 
 
@@ -112,18 +114,22 @@ def distil(run, workdir, mesh, dataset, network, teacher_F, abstract, params) ->
         mesh=mesh,
         key=jax.random.fold_in(key, 2),
         label=run.rcm.name,
-        on_sample=sample_writer(run, workdir, dataset, sampler),
+        on_sample=sample_writer(run, workdir, dataset, sampler, mesh),
     )
     return state, teacher
 
 
-def sample_writer(run, folder, dataset, sampler):
+def sample_writer(run, folder, dataset, sampler, mesh):
     """What draws samples while a network trains, for data that can be shown; of several processes the first draws."""
     if dataset.to_image is None:
         return None
 
     def write(state, step):
-        params = distributed.on_host(state.ema) if distributed.several() else state.ema
+        if not distributed.several():
+            with jax.set_mesh(mesh):
+                write_samples(run, folder, dataset, sampler, state.ema, step)
+            return
+        params = distributed.on_host(state.ema)
         if distributed.first():
             write_samples(run, folder, dataset, sampler, params, step)
 

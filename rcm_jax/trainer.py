@@ -145,12 +145,15 @@ def _check_updates(values: dict, step: int, count: int) -> None:
 def compile_steps(method: Method, shardings, key) -> dict[str, Callable]:
     """Each phase, jitted: (state, teacher, batch) -> (state, metrics). The state is donated; keys follow its step.
 
+    They are traced with the mesh of the shardings as JAX's context, whatever the caller's.
+
     The method's probe, if it has one, is there as "probe": it returns metrics alone and leaves the state.
     """
 
     def compiled(step_fn, **options):
         def run(state, teacher, batch):
-            return step_fn(state, teacher, batch, jax.random.fold_in(key, state.step))
+            with jax.sharding.use_abstract_mesh(shardings.step.mesh.abstract_mesh):
+                return step_fn(state, teacher, batch, jax.random.fold_in(key, state.step))
 
         return jax.jit(run, **options)
 

@@ -133,9 +133,10 @@ def sample_prompts(values):
         if run.media.zero_negative and not sentences[-1]:
             texts[-1] = 0
     with timed(clock, "sampling"):
-        params = generate.restore(run, network, CHECKPOINT.value, STEP.value)
+        mesh = generate.make_sampling_mesh(run, min(BATCH.value, len(prompts) * len(seeds)))
+        params = generate.restore(run, network, CHECKPOINT.value, STEP.value, mesh)
         calls = -(-len(prompts) * len(seeds) // BATCH.value) * steps
-        with tqdm(total=calls, desc="sampling", unit="step", dynamic_ncols=True) as bar:
+        with tqdm(total=calls, desc="sampling", unit="step", dynamic_ncols=True) as bar, jax.set_mesh(mesh):
             F = generate.counted(network.F, bar.update)
             sampler = generate.make_sampler(run, F, steps, guidance, {"text": texts[-1]})
             latents = generate.draw(sampler, params, texts[: len(prompts)], seeds, run.shape, BATCH.value)

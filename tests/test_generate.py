@@ -83,3 +83,12 @@ def test_frames_are_bytes_whatever_the_tiles():
     one_by_one = list(generate.frames(media, params, x0))
     assert len(one_by_one) == 5 and one_by_one[0].dtype == np.uint8 and one_by_one[0].shape == (16, 16, 3)
     np.testing.assert_array_equal(one_by_one, list(generate.frames(media, params, x0, tile=8)))
+
+
+def test_devices_share_the_samples_and_what_is_left_the_tokens():
+    run = generate.generation(WAN)  # 2 heads, 2 × 2 × 3 tokens; eight devices
+
+    def shape(batch):
+        return tuple(generate.make_sampling_mesh(run, batch).shape.values())
+
+    assert (shape(1), shape(4), shape(8), shape(6)) == ((4, 1, 2), (1, 4, 2), (1, 8, 1), (2, 2, 2))

@@ -1,14 +1,17 @@
 """Meshes, the table from logical to mesh axes, and steps that give the same numbers on every mesh."""
 
 import functools
+import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from rcm_jax import trainer
+from rcm_jax.models import cosmos, wan
 from rcm_jax.optimizer import OptimizerConfig
 from rcm_jax.sharding import (
     RULES,
@@ -18,6 +21,7 @@ from rcm_jax.sharding import (
     make_mesh,
     partition_spec,
     replicated,
+    state_sharding,
 )
 from tests import tiny
 from tests.tiny import assert_trees_close
@@ -30,6 +34,11 @@ MESHES = [(8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2)]
 
 def mesh_of(sizes):
     return make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
+
+
+def abstract_mesh(sizes):
+    """A mesh without devices."""
+    return AbstractMesh(sizes, ("data", "fsdp", "seq"), axis_types=(AxisType.Auto,) * 3)
 
 
 def test_there_are_eight_devices():
@@ -69,7 +78,7 @@ def test_batch_that_does_not_divide_is_refused_with_the_nearest_that_does():
 
 
 def test_unknown_logical_axis_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'model' .*batch, embed, features"):
+    with pytest.raises(ValueError, match=r"'model' .*batch, tokens, heads, embed, features"):
         partition_spec(("model",), (16,), mesh_of((2, 2, 2)))
 
 
@@ -88,6 +97,71 @@ def test_specs_follow_the_table_and_an_axis_that_does_not_divide_stays_whole():
     )
     assert partition_spec(("embed", "features"), (6, 48), mesh) == PartitionSpec(None, None)
     assert partition_spec(("vector",), (16,), mesh) == PartitionSpec(None)
+
+
+def test_a_large_array_that_does_not_divide_is_refused_with_the_way_out():
+    mesh = abstract_mesh((1, 64, 8))
+    assert partition_spec(("embed", "features"), (1280, 819), mesh) == PartitionSpec(None, None)  # under 4 MiB
+    message = (
+        r"'embed' of an array \(1280, 820\) with logical axes \('embed', 'features'\) does not divide over the 512 "
+        r"devices of fsdp × seq in the mesh \{'data': 1, 'fsdp': 64, 'seq': 8\}.*fsdp × seq divides 1280, e.g. 256,"
+    )
+    with pytest.raises(ValueError, match=message):
+        partition_spec(("embed", "features"), (1280, 820), mesh)
+    assert partition_spec(("vector",), (2**21,), mesh) == PartitionSpec(None)  # meant to be whole
+
+
+PUBLISHED = {"wan-1.3b": wan, "wan-14b": wan, "cosmos-0.6b": cosmos, "cosmos-2b": cosmos, "cosmos-14b": cosmos}
+LARGE_MESHES = [(1, 8, 1), (2, 2, 2), (4, 64, 1), (2, 32, 8), (1, 64, 8)]
+
+
+@functools.cache
+def published_state(name):
+    """The abstract, boxed TrainState of rCM on a published network."""
+    module = PUBLISHED[name]
+    boxed = jax.eval_shape(functools.partial(module.init, module.PUBLISHED[name]), jax.random.key(0))
+    return jax.eval_shape(tiny.distillation(lambda *_: None).init, boxed)
+
+
+@pytest.mark.parametrize("sizes", LARGE_MESHES, ids=str)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_large_array_of_a_published_networks_state_is_split_over_fsdp_and_seq(name, sizes):
+    """Parameters, second moments, EMA and fake score: as the name of each axis says, and hardly a byte more."""
+    state, mesh = published_state(name), abstract_mesh(sizes)
+    if (name, sizes) == ("cosmos-0.6b", (1, 64, 8)):
+        with pytest.raises(ValueError, match="does not divide over the 512 devices of fsdp × seq"):
+            state_sharding(state, mesh)
+        return
+    shardings = nn.meta.unbox(state_sharding(state, mesh))
+    shards, total, local = sizes[1] * sizes[2], 0, 0
+    leaves = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+    for leaf, sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+        if not isinstance(leaf, nn.Partitioned):
+            assert leaf.size == 1 and sharding.spec == PartitionSpec()
+            continue
+        split = [("fsdp", "seq") if axis == "embed" else None for axis in leaf.names]
+        whole = PartitionSpec(*[None] * len(split))
+        assert sharding.spec == PartitionSpec(*split) or (sharding.spec == whole and leaf.value.size < 2**20)
+        total += leaf.value.size
+        local += math.prod(sharding.shard_shape(leaf.value.shape))
+    networks = 5  # student, its moment, EMA, fake score, its moment
+    assert total == networks * sum(leaf.size for leaf in jax.tree.leaves(state.ema))
+    # What stays whole (biases, norms, small tables) is less than 1 in 1000.
+    assert local - total / shards < total / 1000
+
+
+def test_the_specs_of_a_published_network_are_these():
+    specs = jax.tree.map(lambda s: s.spec, state_sharding(published_state("wan-14b"), abstract_mesh((1, 64, 8))))
+    split = ("fsdp", "seq")
+    for params in (specs.student.params, specs.ema, specs.fake_score.params, specs.student.opt_state[0].nu):
+        block = params["blocks"]
+        assert block["self_attention"]["q"]["kernel"] == PartitionSpec(None, split, None)  # [layers, c, n·d]
+        assert block["cross_attention"]["out"]["kernel"] == PartitionSpec(None, None, split)  # [layers, n·d, c]
+        assert block["mlp"]["down"]["kernel"] == PartitionSpec(None, None, split)
+        assert block["modulation"] == PartitionSpec(None, None, split)
+        assert block["mlp"]["up"]["bias"] == PartitionSpec(None, None)
+        assert params["time_in"]["kernel"] == PartitionSpec(None, split)
+        assert params["text_in"]["kernel"] == params["patch_out"]["kernel"] == PartitionSpec(split, None)
 
 
 def test_names_and_shape_of_different_length_are_refused():

@@ -10,10 +10,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.attention import flash_attention
 from rcm_jax.models.layers import (
     Mlp,
     RMSNorm,
+    attend,
     check_config,
     dense,
     layer_norm,
@@ -24,6 +24,7 @@ from rcm_jax.models.layers import (
     stack,
     unpatchify,
 )
+from rcm_jax.sharding import split
 
 # What the reference's config can say and the published text-to-image networks all say: nothing else is built.
 ONLY = {
@@ -105,8 +106,9 @@ def _modulation(config, emb_bc, shared, name):
     """[b, 1, k·c] from the time features: two dense layers through few features, plus the part that blocks share."""
     h = dense(config.adaln_lora_dim, f"{name}_in", dtype=config.wide, use_bias=False)(emb_bc)
     features = shared.shape[-1]
-    h = dense(features, f"{name}_out", dtype=config.wide, use_bias=False, init=nn.initializers.zeros)(h)
-    return (h + shared)[:, None]
+    axes, zeros = ("features", "embed"), nn.initializers.zeros
+    h = dense(features, f"{name}_out", dtype=config.wide, axes=axes, use_bias=False, init=zeros)(h)
+    return split(h + shared, "batch")[:, None]
 
 
 class Attention(nn.Module):
@@ -129,8 +131,8 @@ class Attention(nn.Module):
         q, k = RMSNorm(name="q_norm")(project(x_blc, "q")), RMSNorm(name="k_norm")(project(source, "k"))
         if tables is not None:
             q, k = rotate_halves(q, *tables), rotate_halves(k, *tables)
-        o = flash_attention(q, k, project(source, "v"), implementation=c.attention).reshape(x_blc.shape)
-        return dense(c.dim, "out", dtype=c.dtype, axes=("features", "embed"), use_bias=False)(o)
+        o = attend(q, k, project(source, "v"), implementation=c.attention, cross=context is not None)
+        return dense(c.dim, "out", dtype=c.dtype, axes=("features", "embed"), use_bias=False)(o.reshape(x_blc.shape))
 
 
 class Block(nn.Module):
@@ -173,6 +175,7 @@ class Cosmos(nn.Module):
         x_blc = dense(c.dim, "patch_in", dtype=c.dtype, axes=("features", "embed"), use_bias=False)(
             patchify(x, c.patch)
         )
+        x_blc = split(x_blc, "batch", "tokens")
 
         features = sinusoids(t, 10_000.0 ** -(np.arange(c.dim // 2) / (c.dim // 2))).astype(c.time_dtype)
         shared = nn.silu(dense(c.dim, "time_in", dtype=c.time_dtype, use_bias=False)(features))
@@ -187,7 +190,7 @@ class Cosmos(nn.Module):
         shift, scale = jnp.split(modulation, 2, axis=-1)
         x_blc = layer_norm(x_blc) * (1 + scale) + shift
         out = dense(c.patch_spatial**2 * c.out_channels, "patch_out", dtype=c.wide, use_bias=False)(x_blc)
-        return unpatchify(out, c.patch, out_shape)
+        return unpatchify(split(out, "batch", "tokens"), c.patch, out_shape)
 
 
 def _ratios(c: CosmosConfig):

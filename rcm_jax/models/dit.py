@@ -16,6 +16,7 @@ from rcm_jax.models.layers import (
     stack,
     unpatchify,
 )
+from rcm_jax.sharding import split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,7 @@ class DiT(nn.Module):
         x_blc = x_blc + self.param(
             "position", nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vector", "embed")), x_blc.shape[1:]
         ).astype(c.dtype)
+        x_blc = split(x_blc, "batch", "tokens")
 
         frequencies = jnp.geomspace(1.0, c.max_frequency, c.freq_dim // 2)
         emb_bc = dense(c.dim, "time_in", dtype=c.wide)(sinusoids(t, frequencies))
@@ -91,4 +93,4 @@ class DiT(nn.Module):
         shift, scale = jnp.split(modulation[:, None], 2, axis=-1)
         x_blc = layer_norm(x_blc) * (1 + scale) + shift
         out = dense(c.patch**2 * x.shape[-1], "patch_out", dtype=c.wide, init=nn.initializers.zeros)(x_blc)
-        return unpatchify(out, patch, x.shape)[:, 0]
+        return unpatchify(split(out, "batch", "tokens"), patch, x.shape)[:, 0]

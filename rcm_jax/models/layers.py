@@ -1,11 +1,14 @@
 """Layers that the networks share. Shapes: b batch, l tokens, n heads, d features of a head, c model width."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kernels.attention import choices, flash_attention
+from rcm_jax.sharding import RULES, activation_spec, check_sequence, current_mesh
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # of the computation
 REMAT_POLICIES = {
@@ -102,6 +105,30 @@ class RMSNorm(nn.Module):
         return (y * scale).astype(x.dtype)
 
 
+def attend(q, k, v, *, implementation="auto", cross=False):
+    """flash_attention of q [b, l, n, d] to k, v [b, m, n, d] on the mesh in use, if any: [b, l, n, d].
+
+    Tokens come and go split over seq. Between, self-attention has all tokens of its share of the heads, by all-to-all
+    (Ulysses, arXiv 2309.14509); JAX differentiates that in both modes. cross: every device has all keys and values of
+    its share of the batch, and nothing is exchanged but, backwards, their gradients summed. Kernels cannot be
+    partitioned: they see the shapes of one device.
+    """
+    attention = functools.partial(flash_attention, implementation=implementation)
+    if (mesh := current_mesh()) is None:
+        return attention(q, k, v)
+    swap = functools.partial(jax.lax.all_to_all, axis_name=RULES["heads"], tiled=True)
+
+    def exchanged(q, k, v):
+        o = attention(*(swap(x, split_axis=2, concat_axis=1) for x in (q, k, v)))  # all tokens of some heads
+        return swap(o, split_axis=1, concat_axis=2)
+
+    check_sequence(q.shape[2], q.shape[1:2], mesh)
+    tokens = activation_spec(("batch", "tokens"), q.shape, mesh)
+    keys = activation_spec(("batch",), k.shape, mesh) if cross else tokens
+    local = attention if cross else exchanged
+    return jax.shard_map(local, mesh=mesh, in_specs=(tokens, keys, keys), out_specs=tokens)(q, k, v)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with per-head QK RMS-norm: [b, l, c] -> [b, l, c]."""
 
@@ -116,7 +143,7 @@ class SelfAttention(nn.Module):
         q, k, v = jnp.split(dense(3 * c, "qkv", dtype=self.dtype)(x_blc), 3, axis=-1)
         q = RMSNorm(name="q_norm")(q.reshape(heads))
         k = RMSNorm(name="k_norm")(k.reshape(heads))
-        o = flash_attention(q, k, v.reshape(heads), implementation=self.implementation)
+        o = attend(q, k, v.reshape(heads), implementation=self.implementation)
         return dense(c, "out", dtype=self.dtype, axes=("features", "embed"))(o.reshape(b, l, c))
 
 

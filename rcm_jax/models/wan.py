@@ -11,11 +11,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.attention import flash_attention
 from rcm_jax.models.layers import (
     LayerNorm,
     Mlp,
     RMSNorm,
+    attend,
     check_config,
     dense,
     layer_norm,
@@ -26,6 +26,7 @@ from rcm_jax.models.layers import (
     stack,
     unpatchify,
 )
+from rcm_jax.sharding import split
 
 CLIP_EPS = 1e-5  # of the two norms around the image features, which the reference leaves at its framework's default
 
@@ -120,7 +121,7 @@ class SelfAttention(nn.Module):
         c = self.config
         q = rotate_pairs(_project(c, x_blc, "q", "q_norm"), cos, sin)
         k = rotate_pairs(_project(c, x_blc, "k", "k_norm"), cos, sin)
-        o = flash_attention(q, k, _project(c, x_blc, "v"), implementation=c.attention)
+        o = attend(q, k, _project(c, x_blc, "v"), implementation=c.attention)
         return dense(c.dim, "out", dtype=c.dtype, axes=("features", "embed"))(o.reshape(x_blc.shape))
 
 
@@ -133,11 +134,11 @@ class CrossAttention(nn.Module):
     def __call__(self, x_blc, text, image):
         c = self.config
         q = _project(c, x_blc, "q", "q_norm")
-        attend = functools.partial(flash_attention, implementation=c.attention)
-        o = attend(q, _project(c, text, "k", "k_norm"), _project(c, text, "v"))
+        to = functools.partial(attend, q, implementation=c.attention, cross=True)
+        o = to(_project(c, text, "k", "k_norm"), _project(c, text, "v"))
         if image is not None:
             keys, values = _project(c, image, "k_image", "k_image_norm"), _project(c, image, "v_image")
-            o = o + attend(q, keys, values)
+            o = o + to(keys, values)
         return dense(c.dim, "out", dtype=c.dtype, axes=("features", "embed"))(o.reshape(x_blc.shape))
 
 
@@ -180,9 +181,11 @@ class Wan(nn.Module):
         if y is not None:
             x = jnp.concatenate([x, y.astype(x.dtype)], axis=-1)
         x_blc = dense(c.dim, "patch_in", dtype=c.dtype, axes=("features", "embed"))(patchify(x, c.patch_size))
+        x_blc = split(x_blc, "batch", "tokens")
 
         frequencies = 10_000.0 ** -(np.arange(c.freq_dim // 2) / (c.freq_dim // 2))
-        emb_bc = dense(c.dim, "time_in", dtype=c.time_dtype)(sinusoids(t, frequencies))
+        emb_bc = sinusoids(t, frequencies)
+        emb_bc = dense(c.dim, "time_in", dtype=c.time_dtype, axes=("features", "embed"))(emb_bc)
         emb_bc = dense(c.dim, "time_out", dtype=c.time_dtype)(nn.silu(emb_bc))
         emb_b6c = dense(6 * c.dim, "time_projection", dtype=c.time_dtype)(nn.silu(emb_bc))
         emb_b6c = emb_b6c.reshape(-1, 6, c.dim).astype(c.wide)
@@ -202,7 +205,7 @@ class Wan(nn.Module):
         shift, scale = jnp.split(modulation, 2, axis=1)
         x_blc = layer_norm(x_blc, c.eps) * (1 + scale) + shift
         out = dense(np.prod(c.patch_size).item() * c.out_dim, "patch_out", dtype=c.wide)(x_blc)
-        return unpatchify(out, c.patch_size, out_shape)
+        return unpatchify(split(out, "batch", "tokens"), c.patch_size, out_shape)
 
 
 def _check_inputs(c: WanConfig, x, t, text, y, clip_features):
