@@ -135,9 +135,9 @@ def stepped(name, sizes, phase, remat="none"):
 
 STEPS = [
     ("wan", (2, 2, 2), "student", "full"),
-    ("wan", (1, 1, 8), "critic", "none"),
     ("cosmos", (1, 2, 4), "student", "save_attention"),
-    ("cosmos", (1, 4, 2), "critic", "full"),
+    pytest.param("wan", (1, 1, 8), "critic", "none", marks=pytest.mark.slow),
+    pytest.param("cosmos", (1, 4, 2), "critic", "full", marks=pytest.mark.slow),
 ]
 
 
@@ -168,7 +168,7 @@ def collectives(text):
         yield kind, shapes, name.group(1) if name else ""
 
 
-@pytest.mark.parametrize(("name", "sizes", "phase", "remat"), [s for s in STEPS if s[2] == "student"], ids=str)
+@pytest.mark.parametrize(("name", "sizes", "phase", "remat"), STEPS[:2], ids=str)
 def test_tokens_are_exchanged_for_heads_and_no_device_gathers_them(name, sizes, phase, remat):
     found = list(collectives(stepped(name, sizes, phase, remat)[2]))
     data, fsdp, seq = sizes
