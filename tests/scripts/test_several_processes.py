@@ -92,3 +92,18 @@ def test_four_processes_train_as_one(trained, start_script, tmp_path):
 def test_processes_that_cannot_meet_are_refused_in_one_line(run_script, tmp_path, flags, words):
     assert_refused(run_script("train", f"--workdir={tmp_path / 'new'}", *TINY, *flags), *words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_all_save_and_stop_when_one_is_asked_to(trained, start_script, tmp_path):
+    flags = [f"--config.teacher={trained[0] / 'teacher'}", "--config.mesh.data=1", "--config.mesh.fsdp=2"]
+    flags += ["--config.train.steps=3000", "--config.train.checkpoint_every=3000"]
+    running = start_all(start_script, 2, tmp_path / "run", *flags)
+    deadline = time.monotonic() + 200
+    while len(read_metrics(tmp_path / "run")) < 4 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    running[1].terminate()
+    ends = list(map(finish, running))
+    assert [end.returncode for end in ends] == [130, 130], ends[0].stderr
+    last = read_metrics(tmp_path / "run")[-1]["step"]
+    assert f"stopped at step {last}" in ends[0].stdout and (tmp_path / f"run/checkpoints/{last}").exists()
