@@ -10,6 +10,8 @@ The functions of this module turn their arguments into `Launch`es and hand each 
 by default. The tests put Triton's interpreter there, and `kernels.triton_report` the compiler.
 """
 
+import contextlib
+import contextvars
 import functools
 import inspect
 from typing import NamedTuple
@@ -213,8 +215,23 @@ def _fused(launch):
     return any(launch.constants[f"MOVES_{name}"] for name in "QKV")
 
 
+TARGET = contextvars.ContextVar("compute capability", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(capability: int):
+    """What is traced inside is for GPUs of that compute capability, 90 for 9.0, whatever this machine has."""
+    token = TARGET.set(capability)
+    try:
+        yield
+    finally:
+        TARGET.reset(token)
+
+
 def compute_capability():
-    """That of the first GPU, 90 for 9.0; all GPUs of a run are taken to be alike. ValueError without an NVIDIA GPU."""
+    """That of `compiling_for`, else of the first GPU; all GPUs of a run are taken to be alike. ValueError without."""
+    if (target := TARGET.get()) is not None:
+        return target
     try:
         return round(10 * float(jax.local_devices(backend="gpu")[0].compute_capability))
     except (RuntimeError, ValueError) as error:  # no GPU; another maker's, whose capability is a name

@@ -22,6 +22,8 @@ ALLOWED = {
     "rcm_jax.models": {"kernels", "rcm_jax.sharding", "rcm_jax.models"},
     "rcm_jax.vae": {"rcm_jax.models"},
     "rcm_jax.files": set(),
+    "rcm_jax.plan.hlo": set(),
+    "rcm_jax.plan.chips": {"rcm_jax.plan.hlo"},
     "rcm_jax.data": {"rcm_jax.data", "rcm_jax.files"},
     "rcm_jax.convert": {"rcm_jax.config", "rcm_jax.convert", "rcm_jax.files", "rcm_jax.models"},
     "rcm_jax.extras": set(),

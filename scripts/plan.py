@@ -1,0 +1,78 @@
+"""What a run needs, before a cluster is booked: its programs are compiled here for chips that are not.
+
+    python scripts/plan.py --config=configs/wan_14b.py --topology=v5p:4x4x8 --config.mesh.seq=8 --config.mesh.fsdp=16
+    python scripts/plan.py --config=configs/cosmos_14b.py --topology=h100:8x8 [--sweep]
+
+No accelerator, data, teacher or much memory is needed; TPUs (v5e, v5p, v6e) need libtpu, GPUs (h100, h200: hosts ×
+GPUs of each) JAX's CUDA plugin, without the CUDA libraries that it would bring. VERSION is that of jax:
+
+    pip install 'rcm-jax[tpu]'
+    pip install --no-deps jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION
+
+Lines marked "compiled" are facts of the compiled program; "estimate" is a roofline: what runs may be slower, and by
+much. --sweep compiles every mesh and remat policy that divides, minutes for each, and ranks them. A student step for
+TPUs compiles for many minutes; --effort=-1 is several times quicker, and its memory and schedule may differ.
+"""
+
+import common  # noqa: I001  (puts the checkout on the path)
+import os
+
+# Only compilers are wanted: no search for TPUs on the network, no lock that another plan holds, no commentary.
+SETTINGS = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+for name, value in SETTINGS.items():
+    os.environ.setdefault(name, value)
+
+import jax  # noqa: E402
+from absl import flags  # noqa: E402
+
+from rcm_jax.plan import chips, report, sweep  # noqa: E402
+from rcm_jax.plan.program import prepare  # noqa: E402
+
+CONFIG = common.config_flag()
+TOPOLOGY = flags.DEFINE_string("topology", None, "Chips: v5p:4x4x8, v6e:16x16, h100:8x8 (hosts × GPUs of each), cpu:8.")
+SWEEP = flags.DEFINE_bool("sweep", False, "Try all meshes and remat policies that divide, and rank them.")
+REMAT = flags.DEFINE_multi_enum("remat", sweep.REMATS, sweep.REMATS, "The remat policies of --sweep.")
+EFFORT = flags.DEFINE_float(
+    "effort", 0.0, "XLA's, from -1 to 1: less compiles faster, to a program other than the run's."
+)
+flags.mark_flags_as_required(["config", "topology"])
+
+
+def main():
+    name, _, sizes = TOPOLOGY.value.partition(":")
+    if name == "cpu" and sizes.isdecimal():
+        jax.config.update("jax_num_cpu_devices", int(sizes))
+    jax.config.update("jax_exec_time_optimization_effort", EFFORT.value)
+    chip, devices = chips.devices(TOPOLOGY.value)
+    values = CONFIG.value.to_dict()
+    if SWEEP.value:
+        return try_all(values, chip, devices)
+    programs = prepare(values, chip, devices)
+    print(report.head(programs, chip, TOPOLOGY.value), flush=True)
+    planned = {}
+    for name, one in report.plan(programs, chip):
+        planned[name] = one
+        print(report.describe(name, one, chip), flush=True)
+    print(report.summary(programs, planned, chip))
+
+
+def try_all(values, chip, devices):
+    """Prints every candidate as it is done, and at the end, or when it is stopped, those so far by rank."""
+    rows = []
+    try:
+        for row in sweep.sweep(values, chip, devices, REMAT.value):
+            rows.append(row)
+            print(f"{len(rows)}: {row.mesh} {row.remat}: {row.words}", flush=True)
+    finally:
+        print(sweep.table(rows))
+
+
+if __name__ == "__main__":
+    common.run(main)
