@@ -90,7 +90,8 @@ def value_and_tangent(name, sizes):
         return jax.jit(both)(params(name), *jax.device_put((x, t, text, dx), batch_sharding(mesh)))
 
 
-FORWARD = [("wan", (1, 1, 2)), ("wan", (1, 1, 8)), ("wan", (2, 2, 1)), ("cosmos", (2, 2, 2)), ("cosmos", (1, 4, 2))]
+FORWARD = [("wan", (1, 1, 8)), ("wan", (2, 2, 1)), ("cosmos", (2, 2, 2))]
+FORWARD += [pytest.param(*case, marks=pytest.mark.slow) for case in (("wan", (1, 1, 2)), ("cosmos", (1, 4, 2)))]
 
 
 @pytest.mark.parametrize(("name", "sizes"), FORWARD, ids=str)
@@ -135,7 +136,7 @@ def stepped(name, sizes, phase, remat="none"):
 
 STEPS = [
     ("wan", (2, 2, 2), "student", "full"),
-    ("cosmos", (1, 2, 4), "student", "save_attention"),
+    pytest.param("cosmos", (1, 2, 4), "student", "save_attention", marks=pytest.mark.slow),
     pytest.param("wan", (1, 1, 8), "critic", "none", marks=pytest.mark.slow),
     pytest.param("cosmos", (1, 4, 2), "critic", "full", marks=pytest.mark.slow),
 ]

@@ -29,7 +29,7 @@ from tests.tiny import assert_trees_close
 # The numbers do not depend on XLA's optimisations, and compiling takes half the time without them.
 fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compilation)
 
-MESHES = [(8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2)]
+MESHES = [(2, 4, 1), (2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in [(8, 1, 1), (1, 8, 1)])]
 
 
 def mesh_of(sizes):

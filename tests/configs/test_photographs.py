@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from sklearn.datasets import load_sample_images
 
 from configs import cosmos_2b
@@ -23,6 +24,7 @@ def photographs(count):
     return (crops - crops.mean()) / crops.std(), which
 
 
+@pytest.mark.slow
 def test_two_hundred_steps_of_cosmos_on_photographs(tmp_path, monkeypatch):
     """A tiny teacher learns crops of photographs; of its student g, the residual of the consistency equation and the
     critic's loss fall, and all stays finite. (Measured: residual .166 → .136, |g| 1.63 → 1.33, critic 48.8 → 46.7; the

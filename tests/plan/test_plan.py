@@ -46,6 +46,7 @@ class TestTinyRuns:
         rate = report.summary(programs, planned, chip)
         assert f"{student.estimate.step:.4g} s for a cycle of 1 iterations" in rate and "videos/s" in rate
 
+    @pytest.mark.slow
     def test_cosmos(self):
         programs, planned, words = plan(values_of("cosmos_14b"), "cpu:8", ["sampler"])
         need = planned["sampler"].need

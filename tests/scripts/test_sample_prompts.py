@@ -138,18 +138,25 @@ def test_a_teacher_of_converted_weights_makes_an_image_of_another_size(run_scrip
     assert np.any(sample("c.png", "--size=64x32", "--negative_prompt=sits") != image)
 
 
+REFUSED = [
+    (["--prompt=a", "--out={to}/a.mp4", "--vae={to}/no.pth"], ["--vae=", "no.pth", "no such file"]),
+    (["--prompt=a", "--out={to}/a.mp4", "--steps=5"], ["5 steps", "1 to 4"]),
+    (["--prompts={from}/empty.txt", "--out={to}/a.mp4"], ["empty.txt holds no prompt"]),
+]
+REFUSED_TOO = [  # every start of a process takes seconds
+    (["--prompt=a", "--out={to}/a.png"], ["these are 5", "--frames=1"]),
+    (["--prompt=a", "--out={to}/a.mp4", "--size=50"], ["--size=50", "832x480"]),
+    (["--prompt=a", "--out={to}/a.mp4", "--guidance=2"], ["--guidance is for teachers"]),
+    (["--prompt=a", "--out={to}/a.mp4", "--mode=teacher"], ["--mode=teacher", "holds a student"]),
+    (["--prompt=a", "--out={to}/a.mp4", "--seeds=1,1"], ["--seeds=1,1", "none of them twice"]),
+    (["--prompt=a", "--out={to}"], ["must end in .mp4"]),
+    (["--out={to}/a.mp4"], ["there is no prompt"]),
+]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [
-        (["--prompt=a", "--out={to}/a.png"], ["these are 5", "--frames=1"]),
-        (["--prompt=a", "--out={to}/a.mp4", "--size=50"], ["--size=50", "832x480"]),
-        (["--prompt=a", "--out={to}/a.mp4", "--steps=5"], ["5 steps", "1 to 4"]),
-        (["--prompt=a", "--out={to}/a.mp4", "--vae={to}/no.pth"], ["--vae=", "no.pth", "no such file"]),
-        (["--prompt=a", "--out={to}/a.mp4", "--guidance=2"], ["--guidance is for teachers"]),
-        (["--prompt=a", "--out={to}/a.mp4", "--mode=teacher"], ["--mode=teacher", "holds a student"]),
-        (["--prompts={from}/empty.txt", "--out={to}/a.mp4"], ["empty.txt holds no prompt"]),
-        (["--out={to}/a.mp4"], ["there is no prompt"]),
-    ],
+    [*REFUSED, *(pytest.param(*case, marks=pytest.mark.slow) for case in REFUSED_TOO)],
     ids=lambda value: value[-1].removeprefix("--") if isinstance(value, list) and value[-1].startswith("--") else None,
 )
 def test_what_cannot_be_is_refused_before_anything_is_computed(run_script, published, tmp_path, flags, words):
