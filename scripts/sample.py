@@ -212,7 +212,7 @@ def paths_of(out: pathlib.Path, run, prompts: int, seeds: list[int]) -> list[lis
         raise ValueError(f"--sheet={SHEET.value} must end in .png")
     if out.suffix == ".mp4":
         video.check_video()
-    for file in [out] + [pathlib.Path(SHEET.value)] * (SHEET.value is not None):
+    for file in filter(None, (out, SHEET.value)):
         check_writable(file)
     if prompts == len(seeds) == 1:
         return [[out]]
