@@ -9,10 +9,10 @@ demo: $(VENV)/installed
 	$(BIN)/python scripts/train.py --config=configs/digits.py --workdir=runs/digits
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 smoke: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m smoke
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m smoke
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -25,6 +25,15 @@ from tests import wan as tiny_wan
 # The numbers do not depend on XLA's optimisations, and compiling takes half the time without them.
 fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compilation)
 
+
+@pytest.fixture(scope="module", autouse=True)
+def operations_by_name():
+    """Programs are searched by `op_name`, which other tests do without (see conftest)."""
+    jax.config.update("jax_include_full_tracebacks_in_locations", True)
+    yield
+    jax.config.update("jax_include_full_tracebacks_in_locations", False)
+
+
 BATCH, HEADS, TOKENS = 4, 8, 40  # no other axis has the length of TOKENS: programs are searched for it
 GRIDS = {"wan": (2, 8, 10), "cosmos": (1, 10, 16)}
 CONFIGS = {
@@ -197,8 +206,9 @@ def test_saved_attention_is_not_computed_again_on_a_mesh(name, monkeypatch):
     def loss(params):
         return jnp.sum(F(params, x, jnp.full(BATCH, 0.7), {"text": text}))
 
+    start = params(name)
     with jax.set_mesh(mesh_of((2, 2, 2))):
-        counts = tiny.count_attention_kernels(jax.make_jaxpr(jax.grad(loss))(params(name)))
+        counts = tiny.count_attention_kernels(jax.make_jaxpr(jax.grad(loss))(start))
     assert counts == {"forward": 2, "tangent": 0, "backward": 2}  # self and cross
 
 

@@ -29,7 +29,8 @@ from tests.tiny import assert_trees_close
 # The numbers do not depend on XLA's optimisations, and compiling takes half the time without them.
 fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compilation)
 
-MESHES = [(2, 4, 1), (2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in [(8, 1, 1), (1, 8, 1)])]
+OTHERS = [(2, 4, 1), (8, 1, 1), (1, 8, 1)]
+MESHES = [(2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in OTHERS)]
 
 
 def mesh_of(sizes):
@@ -74,6 +75,8 @@ def test_batch_that_does_not_divide_is_refused_with_the_nearest_that_does():
         check_batch(12, mesh)
     with pytest.raises(ValueError, match=r"batch size 3 .*: 8$"):
         check_batch(3, mesh)
+    with pytest.raises(ValueError, match=r"16, in 3 parts \(train.accumulate\) does .*; nearest that does: 24"):
+        check_batch(16, mesh, 3)
     check_batch(3, mesh_of((1, 1, 8)))  # seq does not split the batch
 
 
@@ -176,11 +179,11 @@ SMOOTH = OptimizerConfig(learning_rate=1.0, eps=1.0, weight_decay=0.0, warmup_st
 
 
 @functools.cache
-def stepped(sizes, phase):
+def stepped(sizes, phase, parts=1):
     """(state after one step from step 7, metrics, shardings) on a mesh."""
     F, params = tiny.dit()
     mesh = mesh_of(sizes)
-    method = tiny.distillation(F, student=SMOOTH, dmd=tiny.dmd_config(fake_score=SMOOTH))
+    method = tiny.distillation(F, parts, student=SMOOTH, dmd=tiny.dmd_config(fake_score=SMOOTH))
     state, shardings = tiny.placed(method, mesh, params)
     state = state.replace(step=jax.device_put(jnp.int32(7), replicated(mesh)))
     state = state.replace(
@@ -188,7 +191,7 @@ def stepped(sizes, phase):
             params=jax.device_put(tiny.perturbed(params, 5, 0.02), shardings.fake_score.params)
         )
     )
-    batch = jax.device_put({k: jax.tree.map(lambda a: a[: tiny.BATCH], v) for k, v in tiny.arrays().items()},
+    batch = jax.device_put({k: jax.tree.map(lambda a: a[: parts * tiny.BATCH], v) for k, v in tiny.arrays().items()},
                            batch_sharding(mesh))  # fmt: skip
     teacher = jax.device_put(tiny.teacher(tiny.perturbed(params, 6, 0.02)), replicated(mesh))
     step = trainer.compile_steps(method, shardings, jax.random.key(0))[phase]
@@ -209,13 +212,14 @@ def test_a_student_step_gives_the_same_state_and_metrics_on_every_mesh(sizes):
     assert_trees_close(metrics, expected_metrics, rtol=1e-3, atol=1e-5)
 
 
-def test_a_critic_step_gives_the_same_state_on_a_mesh():
-    expected, _, _ = stepped((1, 1, 1), "critic")
-    state, _, _ = stepped((2, 2, 2), "critic")
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_critic_step_gives_the_same_state_on_a_mesh(parts):
+    expected, _, _ = stepped((1, 1, 1), "critic", parts)
+    state, _, _ = stepped((2, 2, 2), "critic", parts)
     assert_trees_close(state, expected, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", MESHES[:2], ids=str)
 def test_parameters_and_what_follows_them_are_sharded_as_the_table_says(sizes):
     state, _, _ = stepped(sizes, "student")
     mesh = mesh_of(sizes)

@@ -1,4 +1,4 @@
-"""Scripts run as a user runs them: in a process of their own."""
+"""Scripts run as a user runs them: in a process of their own, most of them forked from one that has imported it all."""
 
 import json
 import os
@@ -28,36 +28,75 @@ TINY = [
     "--config.model.patch=4",
 ]
 # The evaluation's own constants, for a few hundred samples and a hardly trained judge.
-SHRINK = """
-import runpy, sys
+RUN = """
+import atexit, json, os, runpy, signal, sys, traceback
 sys.path.insert(0, "scripts")
-from rcm_jax.evaluate import classifier, distillation
-assert distillation.SAMPLES and distillation.BATCH and classifier.train_classifier.__kwdefaults__["steps"]
-distillation.SAMPLES = distillation.BATCH = 200
-classifier.train_classifier.__kwdefaults__["steps"] = 20
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+
+def run(small, *argv):
+    if small == "small":
+        from rcm_jax.evaluate import classifier, distillation
+        assert distillation.SAMPLES and distillation.BATCH and classifier.train_classifier.__kwdefaults__["steps"]
+        distillation.SAMPLES = distillation.BATCH = 200
+        classifier.train_classifier.__kwdefaults__["steps"] = 20
+    sys.argv = list(argv)
+    runpy.run_path(argv[0], run_name="__main__")
+"""
+# Imports are most of what a short run takes: they are done once, and every line read forks a process that runs it.
+SERVE = """
+import common, rcm_jax.convert, rcm_jax.generate, rcm_jax.pipeline, rcm_jax.evaluate.mixture_report
+for line in sys.stdin:
+    job = json.loads(line)
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    os.environ["XLA_FLAGS"] = job["xla"]
+    for file, path in (1, job["stdout"]), (2, job["stderr"]):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), file)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    signal.alarm(300)
+    code = 1
+    try:
+        run(*job["argv"])
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # without the second that it takes to free all modules
 """
 
 
+def devices_flag(devices: int) -> str:
+    return f"--xla_force_host_platform_device_count={devices}"
+
+
+def command(name, arguments, small) -> list[str]:
+    return ["small" if small else "", f"scripts/{name}.py", *map(str, arguments)]
+
+
 @pytest.fixture(scope="session")
-def start_script(tmp_path_factory):
+def environment(tmp_path_factory):
+    """Of every script: no optimisations, and what one has compiled is there for the next."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+@pytest.fixture(scope="session")
+def start_script(environment):
     """start_script(name, *arguments, devices=1, small=False) -> a running process whose output is piped."""
-    cache = tmp_path_factory.mktemp("xla")
 
     def start(name, *arguments, devices=1, small=False):
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "PYTHONPATH": str(ROOT),
-        }
-        program = ["-c", SHRINK, f"scripts/{name}.py"] if small else [f"scripts/{name}.py"]
-        command = [sys.executable, *program, *map(str, arguments)]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+        program = [sys.executable, "-c", RUN + "run(*sys.argv[1:])", *command(name, arguments, small)]
+        pipe, env = subprocess.PIPE, environment | {"XLA_FLAGS": devices_flag(devices)}
+        return subprocess.Popen(program, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True)
 
     return start
 
@@ -72,9 +111,22 @@ def finish(process, seconds=300) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="session")
-def run_script(start_script):
+def run_script(environment, tmp_path_factory):
     """run_script(name, *arguments, devices=1, small=False) -> the finished process, output captured."""
-    return lambda *arguments, **options: finish(start_script(*arguments, **options))
+    folder, pipe = tmp_path_factory.mktemp("output"), subprocess.PIPE
+    files = {name: folder / name for name in ("stdout", "stderr")}
+    options = dict(cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
+    with subprocess.Popen([sys.executable, "-W", "ignore", "-c", RUN + SERVE], **options) as server:
+
+        def run(name, *arguments, devices=1, small=False):
+            argv = command(name, arguments, small)
+            job = dict(argv=argv, xla=devices_flag(devices)) | {name: str(path) for name, path in files.items()}
+            print(json.dumps(job), file=server.stdin, flush=True)
+            code = int(server.stdout.readline())
+            return subprocess.CompletedProcess(argv, code, *(path.read_text() for path in files.values()))
+
+        yield run
+        server.stdin.close()
 
 
 @pytest.fixture(scope="session")
