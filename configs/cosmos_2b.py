@@ -71,8 +71,9 @@ def get_config(variant: str = "") -> ConfigDict:
         ),
     )
     config.train = dict(
-        steps=30_000, batch_size=512, log_every=10, checkpoint_every=500, sample_every=500, keep=2, wandb=False
-    )
+        steps=30_000, batch_size=512, log_every=10, checkpoint_every=500, sample_every=500, keep=2, wandb=False,
+        accumulate=1, offload=False, asynchronous=True,
+    )  # fmt: skip
     config.sampling = dict(
         sigma_max=80.0,
         mid_times=((), (1.3,), (1.3, 1.0), (1.3, 1.0, 0.6)),  # of 1, 2, 3 and 4 steps

@@ -39,6 +39,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.exact_teacher = False
 
     loop = dict(batch_size=128, log_every=100, checkpoint_every=1000, sample_every=1000, keep=2, wandb=False)
+    loop |= dict(accumulate=1, offload=False, asynchronous=False)
     adamw = dict(b2=0.99, eps=1e-8, warmup_steps=100)
     config.pretrain = dict(
         method=dict(

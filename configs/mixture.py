@@ -47,6 +47,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.exact_teacher = True  # F_T in closed form; the pretrained network is where student and fake score start
 
     loop = dict(batch_size=256, log_every=100, checkpoint_every=10_000, sample_every=500, keep=1, wandb=False)
+    loop |= dict(accumulate=1, offload=False, asynchronous=False)
     adamw = dict(b1=0.0, b2=0.99, eps=1e-8, weight_decay=0.0, warmup_steps=100)
     config.pretrain = dict(
         method=dict(

@@ -80,8 +80,9 @@ def get_config(variant: str = "") -> ConfigDict:
         ),
     )
     config.train = dict(
-        steps=10_000, batch_size=256, log_every=10, checkpoint_every=500, sample_every=500, keep=2, wandb=False
-    )
+        steps=10_000, batch_size=256, log_every=10, checkpoint_every=500, sample_every=500, keep=2, wandb=False,
+        accumulate=1, offload=False, asynchronous=True,
+    )  # fmt: skip
     config.sampling = dict(
         # The official code; the paper samples from sigma_max 1600 by 1.3, 1.0, 0.6.
         sigma_max=80.0,

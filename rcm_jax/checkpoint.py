@@ -23,10 +23,11 @@ CHUNK_BYTES = 2**28  # of converted arrays on disk: a host that needs a part of 
 _SHOWN_KEYS = ("sigma_max", "mid_times", "teacher_shift", "teacher_solver", "teacher_sigma_max")
 _SHOWN = {f"config.sampling.{key}" for key in _SHOWN_KEYS}
 # (More pretraining steps would be another teacher. Data may be moved: that they are the same is the user's word.)
-_HABITS = ("log_every", "checkpoint_every", "sample_every", "keep", "wandb")
+_HABITS = ("log_every", "checkpoint_every", "sample_every", "keep", "wandb", "offload", "asynchronous")
 MAY_CHANGE = (
     _SHOWN
     | {"config.data.path"}
+    | {f"config.mesh.{axis}" for axis in ("data", "fsdp", "seq")}  # the same numbers, up to the order of sums
     | {f"config.train.{key}" for key in ("steps", *_HABITS)}
     | {f"config.pretrain.train.{key}" for key in _HABITS}
 )
@@ -75,9 +76,13 @@ def read_config(workdir) -> dict:
     return values
 
 
-def open_manager(workdir, keep: int | None = None) -> ocp.CheckpointManager:
-    """The checkpoints of a workdir; `keep` is how many stay when new ones are saved (None: all)."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+def open_manager(workdir, keep: int | None = None, asynchronous: bool = False) -> ocp.CheckpointManager:
+    """The checkpoints of a workdir; `keep` is how many stay when new ones are saved (None: all).
+
+    asynchronous: `save` returns when the arrays have been copied to the host's memory, and the manager, closed, waits
+    until they are written. A checkpoint is there when it is whole.
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=asynchronous)
     return ocp.CheckpointManager(pathlib.Path(workdir).absolute() / "checkpoints", options=options)
 
 

@@ -11,7 +11,7 @@ from rcm_jax.data.dataset import Dataset, batches
 from rcm_jax.denoiser import Velocities
 from rcm_jax.evaluate.distillation import TEACHER_STEPS, write_samples
 from rcm_jax.models import check_network
-from rcm_jax.sharding import check_batch, make_mesh, replicated
+from rcm_jax.sharding import make_mesh, replicated
 from rcm_jax.steps import diffusion_method, rcm_method
 from rcm_jax.train_state import Teacher, TrainState
 
@@ -39,7 +39,7 @@ def train(values: dict, workdir) -> Trained:
     mesh = make_mesh(run.mesh)
     pretrained = not run.teacher and run.pretrain is not None
     for config in [run.train] + ([run.pretrain.train] if pretrained else []):
-        check_batch(config.batch_size, mesh)
+        config.check(mesh)
     workdir = pathlib.Path(workdir)
     dataset = DATASETS[type(run.data)](run.data)
     if run.exact_teacher and dataset.velocity is None:
@@ -70,9 +70,10 @@ def on_host(trained: Trained) -> Trained:
 
 def pretrain(run, folder, mesh, dataset, network, abstract) -> TrainState:
     """Train the teacher in folder; returns its last state, at once if it is finished."""
-    method, size = diffusion_method(run.pretrain.method, network.F, dataset.uncond), run.pretrain.train.batch_size
-    key = jax.random.key(run.seed)
-    state, shardings = trainer.place_state(method, abstract, mesh, key, experiment.make_params(network))
+    config, size = run.pretrain.train, run.pretrain.train.batch_size
+    method = diffusion_method(run.pretrain.method, network.F, dataset.uncond, config.accumulate)
+    key, make_params = jax.random.key(run.seed), experiment.make_params(network)
+    state, shardings = trainer.place_state(method, abstract, mesh, key, make_params, config.offload)
     sampler = experiment.teacher_sampler(network.F, dataset.uncond, run.rcm.guidance, run.sampling, TEACHER_STEPS[0])
     return trainer.fit(
         method,
@@ -80,7 +81,7 @@ def pretrain(run, folder, mesh, dataset, network, abstract) -> TrainState:
         shardings,
         None,
         batches(dataset.train, size, run.seed, distributed.local_rows(size, mesh)),
-        config=run.pretrain.train,
+        config=config,
         workdir=folder,
         mesh=mesh,
         key=jax.random.fold_in(key, 1),
@@ -94,12 +95,11 @@ def distil(run, workdir, mesh, dataset, network, teacher_F, abstract, params) ->
     velocities = Velocities(
         student=network.F, teacher=denoiser.guided(teacher_F, run.rcm.guidance), fake_score=network.F
     )
-    method, size = rcm_method(run.rcm, velocities), run.train.batch_size
+    method, size = rcm_method(run.rcm, velocities, run.train.accumulate), run.train.batch_size
     key = jax.random.key(run.seed)
-    if params is None:
-        state, shardings = trainer.place_state(method, abstract, mesh, key, experiment.make_params(network))
-    else:
-        state, shardings = trainer.place_state(method, abstract, mesh, params)
+    start = (key, experiment.make_params(network)) if params is None else (params,)
+    state, shardings = trainer.place_state(method, abstract, mesh, *start, offload=run.train.offload)
+    if params is not None:
         params = experiment.as_dtype(params, run.teacher_dtype)
     teacher = Teacher(params, jax.device_put(dataset.uncond, replicated(mesh)))
     sampler = experiment.student_sampler(network.F, run.sampling, len(run.sampling.mid_times))

@@ -55,16 +55,31 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     return Mesh(places, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """ValueError unless the global batch divides over the data and fsdp axes of the mesh."""
+def check_batch(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
+    """ValueError unless the global batch, in so many parts, divides over the data and fsdp axes of the mesh."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % shards:
-        below = batch_size // shards * shards
-        near = f"{below} or {below + shards}" if below else f"{shards}"
+    unit = shards * parts
+    if batch_size % unit:
+        below = batch_size // unit * unit
+        near = f"{below} or {below + unit}" if below else f"{unit}"
+        accumulated = f", in {parts} parts (train.accumulate)" if parts > 1 else ""
         raise ValueError(
-            f"batch size {batch_size} does not divide over data × fsdp = "
+            f"batch size {batch_size}{accumulated} does not divide over data × fsdp = "
             f"{mesh.shape['data']} × {mesh.shape['fsdp']} = {shards} devices; nearest that does: {near}"
         )
+
+
+HOST = "pinned_host"  # JAX's name for the memory of the machine that an accelerator is in
+
+
+def has_host_memory(mesh: Mesh) -> bool:
+    """Whether arrays of these devices can lie in the memory of their hosts."""
+    return any(memory.kind == HOST for memory in mesh.local_devices[0].addressable_memories())
+
+
+def in_host_memory(shardings):
+    """The same shardings, in the memory of the hosts; counters stay with the device."""
+    return jax.tree.map(lambda s: s.with_memory_kind(HOST) if s.spec else s, shardings)
 
 
 def check_sequence(num_heads: int, grid, mesh, patch=(1, 1, 1)) -> None:

@@ -86,30 +86,33 @@ class RcmConfig:
         return self.dmd is not None or self.consistency.needs_teacher
 
 
-def diffusion_method(config: DiffusionConfig, F: denoiser.Velocity, uncond) -> Method:
+def diffusion_method(config: DiffusionConfig, F: denoiser.Velocity, uncond, parts: int = 1) -> Method:
     """Pretraining as a method: one phase, state.student is the network, no teacher and no fake score."""
     optimizer = make_optimizer(config.optimizer)
-    step = partial(diffusion_step, config, F, optimizer, uncond)
+    step = partial(diffusion_step, config, F, optimizer, uncond, parts)
     return Method(partial(_init, {"student": optimizer}), lambda i: "diffusion", {"diffusion": step})
 
 
-def rcm_method(config: RcmConfig, velocities: Velocities) -> Method:
-    """Distillation as a method: warmup (consistency alone), student (all losses) and critic (fake score) phases."""
+def rcm_method(config: RcmConfig, velocities: Velocities, parts: int = 1) -> Method:
+    """Distillation as a method: warmup (consistency alone), student (all losses) and critic (fake score) phases.
+
+    The gradient of every phase is accumulated over so many parts of the batch.
+    """
     optimizers, terms, probe = {"student": make_optimizer(config.student)}, {}, None
     if config.consistency:
         terms["consistency"] = partial(consistency_term, config, velocities)
         if config.consistency.weighting:
             optimizers["weighting"] = make_optimizer(config.consistency.weighting)
         if getattr(config.consistency, "derivative", None) == "jvp":
-            probe = partial(stability.probe, config.consistency, velocities)
+            probe = partial(probe_step, config, velocities, parts)
     if config.dmd:
         terms["dmd"] = partial(dmd_term, config, velocities)
         optimizers["fake_score"] = make_optimizer(config.dmd.fake_score)
-    steps = {"student": partial(student_step, config, optimizers, terms)}
+    steps = {"student": partial(student_step, config, optimizers, terms, parts)}
     if config.dmd:
-        steps["critic"] = partial(critic_step, config, velocities, optimizers["fake_score"])
+        steps["critic"] = partial(critic_step, config, velocities, optimizers["fake_score"], parts)
     if config.has_both:
-        steps["warmup"] = partial(student_step, config, optimizers, {"consistency": terms["consistency"]})
+        steps["warmup"] = partial(student_step, config, optimizers, {"consistency": terms["consistency"]}, parts)
     return Method(partial(_init, optimizers), partial(rcm_phase, config), steps, probe)
 
 
@@ -134,36 +137,60 @@ def _init(optimizers: dict, params) -> TrainState:
     return TrainState(step=jnp.zeros((), jnp.int32), ema=copy(params), **learners)
 
 
-def diffusion_step(config, F, optimizer, uncond, state: TrainState, teacher: None, batch, key):
-    """One pretraining step on batch x0 [b, ...]; a condition is replaced by uncond with probability drop_condition."""
-    keys = named_keys(key, "time", "noise", "drop")
-    x0 = batch["x0"]
-    t = config.time.sample(keys["time"], x0.shape[:1])
-    eps = jax.random.normal(keys["noise"], x0.shape)
-    drop = jax.random.bernoulli(keys["drop"], config.drop_condition, x0.shape[:1])
-    cond = batch["cond"]
-    cond = jax.tree.map(lambda c, u: jnp.where(trigflow.expand(drop, c), u, c), cond, denoiser.without(cond, uncond))
+def divided(batch, parts: int):
+    """[b, ...] -> [parts, b/parts, ...]: rows i, i + parts, … are one part, so that every device keeps its own rows."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
 
-    def loss(params):
+
+def accumulated_grad(loss: Callable, params, batch, key, parts: int):
+    """(gradient, metrics) of loss(params, batch, key) -> (mean over the batch, metrics), in the memory of one part.
+
+    The mean of those of `parts` parts of the batch, one after another; each draws with a key of its own.
+    """
+    grad = jax.grad(loss, has_aux=True)
+    if parts == 1:
+        return grad(params, batch, key)
+
+    def add(total, part):
+        grads, metrics = grad(params, part[0], jax.random.fold_in(key, part[1]))
+        return jax.tree.map(lambda a, b: a + b / parts, total, grads), metrics
+
+    start = jax.tree.map(jnp.zeros_like, params)
+    total, metrics = jax.lax.scan(add, start, (divided(batch, parts), jnp.arange(parts)))
+    pairs = {name: jax.tree.map(partial(jnp.sum, axis=0), v) for name, v in metrics.items() if isinstance(v, tuple)}
+    return total, metrics | pairs
+
+
+def diffusion_step(config, F, optimizer, uncond, parts, state: TrainState, teacher: None, batch, key):
+    """One pretraining step on batch x0 [b, ...]; a condition is replaced by uncond with probability drop_condition."""
+
+    def loss(params, batch, key):
+        keys = named_keys(key, "time", "noise", "drop")
+        x0, cond = batch["x0"], batch["cond"]
+        t = config.time.sample(keys["time"], x0.shape[:1])
+        eps = jax.random.normal(keys["noise"], x0.shape)
+        drop = jax.random.bernoulli(keys["drop"], config.drop_condition, x0.shape[:1])
+        without = denoiser.without(cond, uncond)
+        cond = jax.tree.map(lambda c, u: jnp.where(trigflow.expand(drop, c), u, c), cond, without)
         loss_b, metrics = losses.diffusion(F(params, trigflow.diffuse(x0, eps, t), t, cond), x0, eps, t)
         return jnp.mean(loss_b) / x0[0].size, {f"diffusion/{k}": v for k, v in metrics.items()}
 
-    grads, metrics = jax.grad(loss, has_aux=True)(state.student.params)
+    grads, metrics = accumulated_grad(loss, state.student.params, batch, key, parts)
     return _update_student(config, optimizer, state, grads, metrics)
 
 
-def student_step(config, optimizers: dict, terms: dict, state: TrainState, teacher: Teacher, batch, key):
+def student_step(config, optimizers: dict, terms: dict, parts, state: TrainState, teacher: Teacher, batch, key):
     """One student update on the sum of the terms, and one of the adaptive weighting with it; then the EMA."""
-    keys = named_keys(key, "time", "noise", "dmd")
     trained = {"student": state.student.params}
     if state.weighting:
         trained["weighting"] = state.weighting.params
 
-    def loss(params):
+    def loss(params, batch, key):
+        keys = named_keys(key, "time", "noise", "dmd")
         results = [term(params, state, teacher, batch, keys) for term in terms.values()]
         return jnp.mean(sum(loss_b for loss_b, _ in results)), {k: v for _, m in results for k, v in m.items()}
 
-    grads, metrics = jax.grad(loss, has_aux=True)(trained)
+    grads, metrics = accumulated_grad(loss, trained, batch, key, parts)
     before = state.weighting
     state, metrics = _update_student(config, optimizers["student"], state, grads["student"], metrics)
     if before:
@@ -198,18 +225,24 @@ def dmd_term(config: RcmConfig, velocities, params, state: TrainState, teacher, 
     return config.dmd.scale * loss_b, {f"dmd/{k}": v for k, v in metrics.items()}
 
 
-def critic_step(config: RcmConfig, velocities, optimizer, state: TrainState, teacher: Teacher, batch, key):
+def critic_step(config: RcmConfig, velocities, optimizer, parts, state: TrainState, teacher: Teacher, batch, key):
     """(8) One fake-score update: regression on the student's rollout."""
     count = state.step - student_updates(config, state.step)
 
-    def loss(params):
+    def loss(params, batch, key):
         loss_b, metrics = dmd.critic_loss(config.dmd, velocities, state.student.params, params, batch, key, count)
         return jnp.mean(loss_b), {f"critic/{k}": v for k, v in metrics.items()}
 
-    grads, metrics = jax.grad(loss, has_aux=True)(state.fake_score.params)
+    grads, metrics = accumulated_grad(loss, state.fake_score.params, batch, key, parts)
     fake_score, norm, applied = state.fake_score.update(grads, optimizer)
     metrics |= {"critic/grad_norm": norm, "critic/skipped": 1.0 - applied}
     return state.replace(step=state.step + 1, fake_score=fake_score), _means(metrics)
+
+
+def probe_step(config: RcmConfig, velocities, parts, state: TrainState, teacher: Teacher, batch, key) -> dict:
+    """stability.probe, on as much of the batch as the other steps have in memory."""
+    part = jax.tree.map(lambda x: x[0], divided(batch, parts))
+    return stability.probe(config.consistency, velocities, state, teacher, part, key)
 
 
 def _update_student(config, optimizer, state: TrainState, grads, metrics):

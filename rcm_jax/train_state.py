@@ -19,13 +19,21 @@ class Learner:
     def update(self, grads, optimizer: optax.GradientTransformation) -> tuple["Learner", jax.Array, jax.Array]:
         """One optimizer step -> (learner, gradient norm [], applied [] bool).
 
-        A gradient that is not finite leaves parameters, optimizer state and count as they were.
+        A gradient that is not finite leaves parameters, optimizer state and count as they were. An optimizer state in
+        the memory of the host is fetched; whoever compiles this says where the new one goes.
         """
         norm = optax.tree.norm(grads)
         applied = jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, self.opt_state, self.params)
-        new = Learner(optax.apply_updates(self.params, updates), opt_state, self.updates + 1)
-        return jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, self), norm, applied
+        old = self.replace(opt_state=jax.tree.map(_fetched, self.opt_state))
+        updates, opt_state = optimizer.update(grads, old.opt_state, old.params)
+        new = Learner(optax.apply_updates(old.params, updates), opt_state, old.updates + 1)
+        return jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, old), norm, applied
+
+
+def _fetched(x):
+    """In the memory of the device."""
+    space = jax.memory.Space
+    return jax.device_put(x, space.Device) if jax.typeof(x).memory_space == space.Host else x
 
 
 @flax.struct.dataclass

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from rcm_jax import checkpoint, distributed
 from rcm_jax.metrics import Mean, MetricsWriter
-from rcm_jax.sharding import check_batch, state_sharding
+from rcm_jax.sharding import check_batch, has_host_memory, in_host_memory, state_sharding
 from rcm_jax.steps import Method
-from rcm_jax.train_state import Teacher, TrainState
+from rcm_jax.train_state import Learner, Teacher, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +30,21 @@ class TrainConfig:
     sample_every: int = 1000
     keep: int = 2  # checkpoints kept
     wandb: bool = False
+    accumulate: int = 1  # parts of a batch, one after another: as many times less memory for activations
+    offload: bool = False  # optimizer states lie in the memory of the hosts
+    asynchronous: bool = False  # checkpoints are written while training goes on
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "keep"):
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "keep", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def check(self, mesh) -> None:
+        """ValueError where this cannot be done on these devices."""
+        check_batch(self.batch_size, mesh, self.accumulate)
+        if self.offload and not has_host_memory(mesh):
+            kind = mesh.devices.flat[0].device_kind
+            raise ValueError(f"train.offload: arrays of {kind} cannot lie in their host's memory: set it to False")
 
 
 class Interrupted(Exception):
@@ -45,12 +55,20 @@ class Interrupted(Exception):
         self.step = step
 
 
-def place_state(method: Method, abstract_params, mesh, source, make_params=lambda params: params):
+def shardings_of(abstract_state: TrainState, mesh, offload: bool = False) -> TrainState:
+    """Where every leaf of a state lies, from its abstract, still boxed, values."""
+    shardings = state_sharding(abstract_state, mesh)
+    learners = {name: value for name, value in vars(shardings).items() if isinstance(value, Learner)}
+    moved = {name: value.replace(opt_state=in_host_memory(value.opt_state)) for name, value in learners.items()}
+    return shardings.replace(**moved) if offload else shardings
+
+
+def place_state(method: Method, abstract_params, mesh, source, make_params=lambda params: params, offload=False):
     """(state, shardings): method.init(make_params(source)) made in place, every leaf on its own devices at once.
 
     abstract_params: jax.eval_shape of the network's init, boxed with logical axes. source: a key or parameters.
     """
-    shardings = state_sharding(jax.eval_shape(method.init, abstract_params), mesh)
+    shardings = shardings_of(jax.eval_shape(method.init, abstract_params), mesh, offload)
     state = jax.jit(lambda source: method.init(make_params(source)), out_shardings=shardings)(source)
     return state, shardings
 
@@ -80,9 +98,9 @@ def fit(
     on_sample(state, step) is called every sample_every steps and at the end.
     Raises Interrupted, after saving, if a signal asks to stop.
     """
-    check_batch(config.batch_size, mesh)
+    config.check(mesh)
     compiled = compile_steps(method, shardings, key)
-    with checkpoint.open_manager(workdir, config.keep) as manager, _stop_requested() as stop:
+    with checkpoint.open_manager(workdir, config.keep, config.asynchronous) as manager, _stop_requested() as stop:
         if manager.latest_step() is not None:
             abstract = checkpoint.abstract_like(state, shardings)
             jax.tree.map(lambda leaf: leaf.delete(), state)  # two states of 14B parameters need not fit

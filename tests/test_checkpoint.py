@@ -16,6 +16,7 @@ from rcm_jax.sharding import MeshConfig, make_mesh
 from tests.tiny import assert_trees_equal
 
 VALUES = {"seed": 0, "model": {"dim": 16}, "pretrain": {"train": {"steps": 5}}, "train": {"steps": 10, "log_every": 5}}
+VALUES["mesh"] = {"fsdp": 1}
 
 
 def contents(folder):
@@ -75,7 +76,7 @@ def test_many_differences_are_counted_not_listed(tmp_path):
         checkpoint.claim_workdir(tmp_path, {f"k{i}": -1 - i for i in range(9)})
 
 
-@pytest.mark.parametrize("path", ["train.steps", "train.log_every"])
+@pytest.mark.parametrize("path", ["train.steps", "train.log_every", "train.asynchronous", "mesh.fsdp"])
 def test_what_decides_only_when_to_stop_and_show_may_change(tmp_path, path):
     checkpoint.claim_workdir(tmp_path, VALUES)
     checkpoint.claim_workdir(tmp_path, changed(path, 77))

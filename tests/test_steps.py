@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcm_jax import losses, trigflow
+from rcm_jax import losses, steps, trigflow
 from rcm_jax.dmd import draw_rollout
 from rcm_jax.keys import named_keys
 from rcm_jax.optimizer import power_ema_beta, power_ema_exponent
@@ -182,6 +182,45 @@ def test_rollout_lengths_take_every_value_up_to_the_largest_and_the_last_carries
     one_step = np.isclose(gradients, 1.0, atol=1e-6)  # sin(pi/2)
     assert 5 <= one_step.sum() <= 25  # a third of 40, within three standard deviations
     assert np.all(gradients <= 1 + 1e-6)
+
+
+def test_an_accumulated_gradient_is_the_mean_of_those_of_the_parts():
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=5), jnp.float32)}
+    rows = {"x": jnp.asarray(rng.normal(size=(12, 5)), jnp.float32), "cond": {"y": jnp.arange(12.0)}}
+    key = jax.random.key(3)
+
+    def loss(params, batch, key):
+        seen = batch["x"] + jax.random.normal(key, batch["x"].shape)
+        loss_b = jnp.square(seen @ params["w"] - batch["cond"]["y"])
+        return jnp.mean(loss_b), {"loss": loss_b, "pair": (jnp.sum(loss_b), len(loss_b))}
+
+    grads, metrics = jax.jit(functools.partial(steps.accumulated_grad, loss, parts=3))(params, rows, key)
+    parts = [jax.tree.map(lambda x, i=i: x[i::3], rows) for i in range(3)]
+    each = [jax.grad(loss, has_aux=True)(params, part, jax.random.fold_in(key, i)) for i, part in enumerate(parts)]
+    assert_trees_close(grads, {"w": sum(g["w"] for g, _ in each) / 3}, rtol=1e-5, atol=1e-5)
+    assert_trees_close(metrics["loss"], jnp.stack([m["loss"] for _, m in each]), rtol=1e-5, atol=1e-5)
+    total, count = metrics["pair"]
+    assert count == 12 and float(total) == pytest.approx(float(jnp.sum(metrics["loss"])), rel=1e-5)
+    whole = jax.grad(loss, has_aux=True)(params, rows, key)
+    assert_trees_equal(steps.accumulated_grad(loss, params, rows, key, parts=1), whole)
+
+
+@pytest.mark.parametrize("phase", ["student", "probe", "diffusion"])
+def test_a_step_in_parts_needs_the_memory_of_a_part(phase):
+    """And has the same metrics."""
+    F, _ = tiny.dit()
+    state, rows = start(phase=phase), jax.tree.map(lambda x: jnp.concatenate([x] * 8), batch())
+
+    def program(parts):
+        made = tiny.pretraining(F, parts) if phase == "diffusion" else tiny.distillation(F, parts)
+        step = jax.jit(made.probe if phase == "probe" else made.steps[phase])
+        lowered = step.lower(state, teacher(), rows, jax.random.key(0))
+        return jax.tree.map(lambda x: x.shape, lowered.out_info), lowered.compile().memory_analysis()
+
+    (shapes, one), (divided, eight) = program(1), program(8)
+    assert shapes == divided
+    assert eight.temp_size_in_bytes < 0.35 * one.temp_size_in_bytes  # a gradient is there twice
 
 
 def test_named_keys_differ_from_each_other():

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from rcm_jax import checkpoint, trainer
@@ -15,7 +17,7 @@ from rcm_jax.metrics import read_metrics
 from rcm_jax.sharding import MeshConfig, make_mesh, replicated
 from rcm_jax.trainer import Interrupted, TrainConfig
 from tests import tiny
-from tests.tiny import assert_trees_equal
+from tests.tiny import assert_trees_close, assert_trees_equal
 
 fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compilation)
 
@@ -41,7 +43,7 @@ def start(kind, workdir, mesh=None, *, config=TRAIN, data=None, on_sample=None):
     F, params = tiny.dit()
     method = tiny.pretraining(F) if kind == "diffusion" else tiny.distillation(F)
     teacher = None if kind == "diffusion" else jax.device_put(tiny.teacher(params), replicated(mesh))
-    state, shardings = tiny.placed(method, mesh, params)
+    state, shardings = tiny.placed(method, mesh, params, offload=config.offload)
     data = batches(tiny.arrays(), config.batch_size, seed=3) if data is None else data
     state = trainer.fit(
         method,
@@ -57,6 +59,13 @@ def start(kind, workdir, mesh=None, *, config=TRAIN, data=None, on_sample=None):
         on_sample=on_sample,
     )
     return state, data
+
+
+def restored(workdir, step):
+    """All of a checkpoint but the position in the data."""
+    with checkpoint.open_manager(workdir) as manager:
+        items = {name: ocp.args.StandardRestore() for name in ("student", "ema", "fake_score")}
+        return dict(manager.restore(step, args=ocp.args.Composite(**items)).items())
 
 
 def steps_of(rows):
@@ -134,6 +143,31 @@ def test_a_run_on_a_mesh_resumes_to_the_last_bit_with_its_shardings(tmp_path):
     assert_trees_equal(state, expected)
     same = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), state, expected)
     assert all(jax.tree.leaves(same))
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "6")
+    alone, _ = start("diffusion", tmp_path / "b", config=config)  # on one device
+    assert int(alone.step) == 6 and int(alone.student.updates) == 6
+    assert_trees_close(alone, expected, rtol=1e-3, atol=2e-5)
+
+
+def test_optimizer_states_of_the_host_and_checkpoints_beside_the_training_change_no_bit(uninterrupted, tmp_path):
+    """Step 20 is being written while its state is donated to step 21."""
+    expected, _, expected_dir = uninterrupted("rcm")
+    config = dataclasses.replace(TRAIN, offload=True, asynchronous=True)
+    start("rcm", tmp_path, config=dataclasses.replace(config, steps=24))
+    assert_trees_equal(restored(tmp_path, 20), restored(expected_dir, 20))
+    state, _ = start("rcm", tmp_path, config=config)
+    assert_trees_equal(state, expected)
+    for learner in (state.student, state.fake_score):
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(learner.opt_state) if leaf.ndim}
+        assert kinds == {"pinned_host"}
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(learner.params)} == {"device"}
+
+
+def test_devices_without_the_memory_of_a_host_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "has_host_memory", lambda mesh: False)
+    with pytest.raises(ValueError, match=r"train.offload: arrays of cpu cannot .*: set it to False"):
+        start("diffusion", tmp_path / "new", config=dataclasses.replace(TRAIN, offload=True))
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_finished_run_does_nothing_more(uninterrupted):
@@ -204,7 +238,9 @@ def test_batch_that_does_not_divide_is_refused_before_anything_is_written(tmp_pa
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("name", ["steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "keep"])
+@pytest.mark.parametrize(
+    "name", ["steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "keep", "accumulate"]
+)
 def test_counts_below_one_are_refused_by_name(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         dataclasses.replace(TRAIN, **{name: 0})

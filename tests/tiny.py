@@ -157,16 +157,16 @@ def rcm_config(**changes) -> RcmConfig:
     return RcmConfig(**values | changes)
 
 
-def distillation(F: denoiser.Velocity, **changes) -> Method:
+def distillation(F: denoiser.Velocity, parts: int = 1, **changes) -> Method:
     """The rCM method on one network for all three roles."""
     config = rcm_config(**changes)
-    return rcm_method(config, denoiser.Velocities(F, denoiser.guided(F, config.guidance), F))
+    return rcm_method(config, denoiser.Velocities(F, denoiser.guided(F, config.guidance), F), parts)
 
 
-def pretraining(F: denoiser.Velocity) -> Method:
+def pretraining(F: denoiser.Velocity, parts: int = 1) -> Method:
     """The diffusion method."""
     optimizer = OptimizerConfig(learning_rate=1e-2, b1=0.9, b2=0.99, warmup_steps=4)
-    return diffusion_method(DiffusionConfig(LogNormal(-0.2, 1.2), optimizer, ema_std=0.1), F, UNCOND)
+    return diffusion_method(DiffusionConfig(LogNormal(-0.2, 1.2), optimizer, ema_std=0.1), F, UNCOND, parts)
 
 
 def teacher(params) -> Teacher:
@@ -174,10 +174,10 @@ def teacher(params) -> Teacher:
     return Teacher(params, UNCOND)
 
 
-def placed(method: Method, mesh, params, config: DiTConfig = MODEL):
+def placed(method: Method, mesh, params, config: DiTConfig = MODEL, offload: bool = False):
     """(state, shardings) of a method on a mesh, from given parameters."""
     boxed = jax.eval_shape(boxed_init(config), jax.random.key(0))
-    return trainer.place_state(method, boxed, mesh, params)
+    return trainer.place_state(method, boxed, mesh, params, offload=offload)
 
 
 def make_network():

@@ -8,18 +8,19 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.extend import core
 
 from kernels import triton
 from kernels.attention import KERNELS
-from rcm_jax import denoiser, experiment, trainer
+from rcm_jax import checkpoint, denoiser, experiment, trainer
 from rcm_jax.data import DATASETS, LatentsConfig
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.denoiser import Velocities
 from rcm_jax.plan.chips import Chip
-from rcm_jax.sharding import batch_sharding, check_batch, make_mesh, replicated, state_sharding
+from rcm_jax.sharding import HOST, batch_sharding, has_host_memory, make_mesh, replicated
 from rcm_jax.steps import rcm_method
 from rcm_jax.train_state import Teacher
 
@@ -56,12 +57,16 @@ def prepare(values: Mapping, chip: Chip, devices) -> Programs:
 
     Needs neither data nor a teacher. ValueError where the run itself would refuse the config, the mesh or the batch.
     """
-    run = _experiment(values)
+    run, about_memory = _experiment(values), ""
     try:
         mesh = make_mesh(run.mesh, devices)
     except NotImplementedError as error:  # jax lays meshes along the axes of a torus
         raise ValueError(f"{run.mesh} does not fit the chips as they are wired: {error}") from error
-    check_batch(run.train.batch_size, mesh)
+    if run.train.offload and not has_host_memory(mesh):
+        about_memory = "\ntrain.offload is counted as off: what describes these chips knows no memory of their hosts"
+        values = {**values, "train": {**values["train"], "offload": False}}
+        run = _experiment(values)
+    run.train.check(mesh)
     dataset = _dataset(run)
     with _target(chip):
         attention, note = _attention(values, run, chip, mesh, dataset)
@@ -73,7 +78,7 @@ def prepare(values: Mapping, chip: Chip, devices) -> Programs:
             return function.lower(*args)
 
     lowers = {name: functools.partial(lower, *call) for name, call in calls.items()}
-    return Programs(run, dataset.sample_shape, mesh, held, lowers, attention, note)
+    return Programs(run, dataset.sample_shape, mesh, held, lowers, attention, note + about_memory)
 
 
 def compile_program(lower: Callable[[], jax.stages.Lowered], chip: Chip) -> Compiled:
@@ -135,20 +140,23 @@ def _calls(run: experiment.Experiment, mesh, dataset) -> tuple[dict, int]:
     network = experiment.make_network(run, dataset)
     boxed = jax.eval_shape(network.init, jax.random.key(0))
     teacher_F = dataset.velocity if run.exact_teacher else network.F
-    method = rcm_method(run.rcm, Velocities(network.F, denoiser.guided(teacher_F, run.rcm.guidance), network.F))
+    velocities = Velocities(network.F, denoiser.guided(teacher_F, run.rcm.guidance), network.F)
+    method = rcm_method(run.rcm, velocities, run.train.accumulate)
     state_boxed = jax.eval_shape(method.init, boxed)
-    state, params = trainer.abstract_params(state_boxed, mesh), trainer.abstract_params(boxed, mesh)
+    shardings = trainer.shardings_of(state_boxed, mesh, run.train.offload)
+    state = checkpoint.abstract_like(nn.meta.unbox(state_boxed), shardings)
+    params = trainer.abstract_params(boxed, mesh)
     narrow = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, run.teacher_dtype, sharding=x.sharding), params)
     teacher = Teacher(narrow if run.has_start else None, _abstract(dataset.uncond, replicated(mesh)))
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), dataset.first)
     batch = _abstract(one, batch_sharding(mesh), run.train.batch_size)
-    steps = trainer.compile_steps(method, state_sharding(state_boxed, mesh), jax.random.key(0))
+    steps = trainer.compile_steps(method, shardings, jax.random.key(0))
     calls = {name: (steps[name], state, teacher, batch) for name in ("student", "critic") if name in steps}
     sampler = experiment.student_sampler(network.F, run.sampling, len(run.sampling.mid_times))
     ids = jax.ShapeDtypeStruct((run.train.batch_size,), np.uint32, sharding=batch_sharding(mesh))
     key = _abstract(jax.eval_shape(jax.random.key, 0), replicated(mesh))
     calls["sampler"] = (sampler, params, key, ids, batch["cond"], one["x0"].shape)
-    leaves = jax.tree.leaves((state, teacher))
+    leaves = [x for x in jax.tree.leaves((state, teacher)) if x.sharding.memory_kind != HOST]
     return calls, sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
