@@ -98,6 +98,7 @@ def get_config(variant: str = "") -> ConfigDict:
 def tiny(config: ConfigDict) -> None:
     """The same method with hardly any width."""
     config.data.shape = (2, 4, 6, 4)
+    config.mesh.update(fsdp=-1, seq=1)
     config.model.update(TINY)
     config.media.text_encoder.update(TINY_TEXT)
     config.media.text_length = TINY["text_len"]

@@ -2,6 +2,7 @@
 
     python scripts/plan.py --config=configs/wan_14b.py --topology=v5p:4x4x8 --config.mesh.seq=8 --config.mesh.fsdp=16
     python scripts/plan.py --config=configs/cosmos_14b.py --topology=h100:8x8 [--sweep]
+    python scripts/plan.py --config=configs/wan_14b.py --topology=h100:8x8 --topology=h100:16x8 --out=curve.png
 
 No accelerator, data, teacher or much memory is needed; TPUs (v5e, v5p, v6e) need libtpu, GPUs (h100, h200: hosts ×
 GPUs of each) JAX's CUDA plugin, without the CUDA libraries that it would bring. VERSION is that of jax:
@@ -10,12 +11,14 @@ GPUs of each) JAX's CUDA plugin, without the CUDA libraries that it would bring.
     pip install --no-deps jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION
 
 Lines marked "compiled" are facts of the compiled program; "estimate" is a roofline: what runs may be slower, and by
-much. --sweep compiles every mesh and remat policy that divides, minutes for each, and ranks them. A student step for
-TPUs compiles for many minutes; --effort=-1 is several times quicker, and its memory and schedule may differ.
+much. --sweep compiles every mesh and remat policy that divides, minutes for each, and ranks them. Several topologies
+make a table, a line for each, and --out draws it. A student step for TPUs compiles for many minutes; --effort=-1 is
+several times quicker, and its memory and schedule may differ.
 """
 
 import common  # noqa: I001  (puts the checkout on the path)
 import os
+import re
 
 # Only compilers are wanted: no search for TPUs on the network, no lock that another plan holds, no commentary.
 SETTINGS = {
@@ -36,7 +39,11 @@ from rcm_jax.plan import chips, report, sweep  # noqa: E402
 from rcm_jax.plan.program import prepare  # noqa: E402
 
 CONFIG = common.config_flag()
-TOPOLOGY = flags.DEFINE_string("topology", None, "Chips: v5p:4x4x8, v6e:16x16, h100:8x8 (hosts × GPUs of each), cpu:8.")
+TOPOLOGY = flags.DEFINE_multi_string(
+    "topology", None, "Chips: v5p:4x4x8, v6e:16x16, h100:8x8 (hosts × GPUs of each), cpu:8. Several make a table."
+)
+PER_CHIP = flags.DEFINE_integer("batch_per_chip", None, "With a batch of so many for each chip.", lower_bound=1)
+OUT = flags.DEFINE_string("out", None, "A PNG file: the table of several topologies, drawn.")
 SWEEP = flags.DEFINE_bool("sweep", False, "Try all meshes and remat policies that divide, and rank them.")
 REMAT = flags.DEFINE_multi_enum("remat", sweep.REMATS, sweep.REMATS, "The remat policies of --sweep.")
 EFFORT = flags.DEFINE_float(
@@ -46,16 +53,24 @@ flags.mark_flags_as_required(["config", "topology"])
 
 
 def main():
-    name, _, sizes = TOPOLOGY.value.partition(":")
-    if name == "cpu" and sizes.isdecimal():
-        jax.config.update("jax_num_cpu_devices", int(sizes))
+    counts = [int(t.partition(":")[2]) for t in TOPOLOGY.value if re.fullmatch(r"cpu:[1-9]\d*", t)]
+    if counts:
+        jax.config.update("jax_num_cpu_devices", max(counts))
     jax.config.update("jax_exec_time_optimization_effort", EFFORT.value)
-    chip, devices = chips.devices(TOPOLOGY.value)
+    several = len(TOPOLOGY.value) > 1
+    if OUT.value and not (several and OUT.value.endswith(".png")):
+        raise ValueError("--out draws a table: give --topology several times, and a name that ends in .png")
+    if (PER_CHIP.value and not several) or (SWEEP.value and several):
+        raise ValueError("--batch_per_chip is for several topologies, --sweep for one")
     values = CONFIG.value.to_dict()
+    if several:
+        return compare(values)
+    [topology] = TOPOLOGY.value
+    chip, devices = chips.devices(topology)
     if SWEEP.value:
         return try_all(values, chip, devices)
     programs = prepare(values, chip, devices)
-    print(report.head(programs, chip, TOPOLOGY.value), flush=True)
+    print(report.head(programs, chip, topology), flush=True)
     planned = {}
     for name, one in report.plan(programs, chip):
         planned[name] = one
@@ -72,6 +87,17 @@ def try_all(values, chip, devices):
             print(f"{len(rows)}: {row.mesh} {row.remat}: {row.words}", flush=True)
     finally:
         print(sweep.table(rows))
+
+
+def compare(values):
+    """Prints a line for each topology, and draws them."""
+    print(f"{sweep.HEAD}\n|{'---|' * (sweep.HEAD.count('|') - 1)}", flush=True)
+    rows = []
+    for topology, row in sweep.scale(values, TOPOLOGY.value, PER_CHIP.value):
+        rows.append((topology, row))
+        print(sweep.line(topology, row), flush=True)
+    if OUT.value:
+        sweep.draw(rows, OUT.value)
 
 
 if __name__ == "__main__":

@@ -132,6 +132,11 @@ def describe(name: str, planned: Planned, chip: Chip) -> str:
     return "\n".join(lines)
 
 
+def received(work: hlo.Work) -> float:
+    """Bytes that a chip gets from others in one run."""
+    return sum(c.times * chips.moved(c) for c in work.collectives)
+
+
 def _collectives(work: hlo.Work) -> Iterator[str]:
     """By kind."""
     for kind in hlo.COLLECTIVES:

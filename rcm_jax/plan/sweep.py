@@ -1,21 +1,31 @@
-"""Which meshes and remat policies fit, ranked by the estimated time of a cycle."""
+"""Many plans in one go: meshes and remat policies, ranked by the time of a cycle; one config on more and more chips."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from rcm_jax.plan import report
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from rcm_jax.files import write_whole
+from rcm_jax.plan import chips, report
 from rcm_jax.plan.chips import Chip
 from rcm_jax.plan.program import Programs, prepare
+from rcm_jax.plan.report import Planned
 
 REMATS = ("full", "save_attention", "none")  # of rcm_jax.models.layers, by what they keep
+HEAD = "| chips | mesh data × fsdp × seq | batch | student | critic | student receives | critic receives | a cycle |"
 
 
 class Row(NamedTuple):
-    """One candidate: its mesh, remat, seconds of a cycle (inf: it does not fit) and what there is to say."""
+    """One candidate: its mesh, remat, batch, programs, seconds of a cycle (inf: it does not fit) and what there is to
+    say."""
 
     mesh: tuple[int, int, int]
     remat: str
+    batch: int
+    steps: dict[str, Planned]
     seconds: float
     words: str
 
@@ -49,35 +59,43 @@ def sweep(values: Mapping, chip: Chip, devices, remats=REMATS) -> Iterator[Row]:
     one = prepare({**values, "mesh": dict(data=1, fsdp=1, seq=1)}, chip, devices[:1])
     run = one.run
     for mesh in meshes(len(devices), run.train.batch_size, run.model.num_heads, tokens_of(one)):
-        row = None
         for remat in sorted(remats, key=REMATS.index):
-            row = _row(values, chip, devices, mesh, remat)
+            mesh_values = dict(zip(("data", "fsdp", "seq"), mesh, strict=True))
+            row = plan_row({**values, "mesh": mesh_values, "model": {**values["model"], "remat": remat}}, chip, devices)
             yield row
             if math.isinf(row.seconds):
                 break
 
 
-def _row(values, chip, devices, mesh, remat) -> Row:
-    values = {**values, "mesh": dict(zip(("data", "fsdp", "seq"), mesh, strict=True))}
-    values["model"] = {**values["model"], "remat": remat}
-    steps = {}
+def scale(values: Mapping, topologies: Iterable[str], batch_per_chip: int | None = None) -> Iterator[tuple[str, Row]]:
+    """(topology, its row) of the same config; with a batch of so many for each chip, if given."""
+    for topology in topologies:
+        chip, devices = chips.devices(topology)
+        batch = batch_per_chip * len(devices) if batch_per_chip else values["train"]["batch_size"]
+        yield topology, plan_row({**values, "train": {**values["train"], "batch_size": batch}}, chip, devices)
+
+
+def plan_row(values: Mapping, chip: Chip, devices) -> Row:
+    """Student and critic; a config that is refused, or does not fit, is a row that says so."""
+    batch, remat = values["train"]["batch_size"], values["model"].get("remat", "none")
     try:
         programs = prepare(values, chip, devices)
     except ValueError as error:
-        return Row(mesh, remat, math.inf, f"refused: {error}")
+        return Row(tuple(values["mesh"].values()), remat, batch, {}, math.inf, f"refused: {error}")
+    steps, row = {}, Row(tuple(programs.mesh.shape.values()), remat, batch, {}, math.inf, "")
     if programs.held > chip.hbm:
         words = f"does not fit: state and teacher alone hold {report.gib(programs.held)} of {report.gib(chip.hbm)}"
-        return Row(mesh, remat, math.inf, words)
+        return row._replace(words=words)
     for name, planned in report.plan(programs, chip, [n for n in ("student", "critic") if n in programs.lower]):
         steps[name] = planned
         if not report.fits(planned, chip):
             words = planned.refusal or f"does not fit: {report.gib(planned.need.peak)} of {report.gib(chip.hbm)}"
-            return Row(mesh, remat, math.inf, f"{name} {words}")
+            return row._replace(steps=steps, words=f"{name} {words}")
     time, iterations = report.cycle_seconds(programs, steps)
-    rate = iterations * programs.run.train.batch_size / time
     peak = max(planned.need.peak for planned in steps.values())
+    words = f"{time:.4g} s a cycle, {iterations * batch / time:.3g}/s, peak {report.gib(peak)}"
     bound = steps["student"].need.estimate.bound
-    return Row(mesh, remat, time, f"{time:.4g} s a cycle, {rate:.3g}/s, student by {bound}, peak {report.gib(peak)}")
+    return row._replace(steps=steps, seconds=time, words=f"{words}, student by {bound}")
 
 
 def table(rows: list[Row]) -> str:
@@ -85,3 +103,41 @@ def table(rows: list[Row]) -> str:
     ranked = sorted(rows, key=lambda row: row.seconds)
     lines = ["data  fsdp   seq  remat           at least"]
     return "\n".join(lines + [f"{r.mesh[0]:4}  {r.mesh[1]:4}  {r.mesh[2]:4}  {r.remat:14}  {r.words}" for r in ranked])
+
+
+def line(topology: str, row: Row) -> str:
+    """A row under HEAD: memory, bytes received in a step (of one chip, as compiled) and seconds (at least)."""
+    sizes, bytes_received = [], []
+    for name in ("student", "critic"):
+        need = row.steps[name].need if name in row.steps else None
+        sizes.append(report.gib(need.peak) if need else "")
+        bytes_received.append(report.gib(report.received(need.work)) if need else "")
+    mesh = " × ".join(map(str, row.mesh))
+    last = row.words if math.isinf(row.seconds) else f"{row.seconds:.4g} s"
+    return "| " + " | ".join([topology, mesh, str(row.batch), *sizes, *bytes_received, last]) + " |"
+
+
+def draw(rows: list[tuple[str, Row]], path) -> None:
+    """The student step over the number of chips, a line for each kind: memory of a chip, and what it receives."""
+    kinds = {}
+    for topology, row in rows:
+        if "student" in row.steps and (need := row.steps["student"].need):
+            point = math.prod(row.mesh), need.peak / 2**30, report.received(need.work) / 2**30
+            kinds.setdefault(topology.partition(":")[0], []).append(point)
+    figure = Figure(figsize=(9, 3.4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    counts = sorted({count for points in kinds.values() for count, _, _ in points})
+    for axes, place, title in zip(
+        figure.subplots(1, 2), (1, 2), ("memory of a chip, GiB", "received by a chip, GiB"), strict=True
+    ):
+        for kind, points in kinds.items():
+            axes.plot([p[0] for p in points], [p[place] for p in points], marker="o", label=kind)
+        axes.set(xscale="log", xlabel="chips", ylim=(0, None))
+        axes.set_title(f"student step: {title}", fontsize=10, loc="left")
+        axes.xaxis.set_major_locator(FixedLocator(counts))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png"))

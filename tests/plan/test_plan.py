@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 
+import imageio.v3 as imageio
 import jax
 import jax.numpy as jnp
 import pytest
@@ -184,11 +185,26 @@ class TestSweep:
 
     def test_rows_are_ranked_and_what_does_not_fit_is_last(self):
         rows = [
-            sweep.Row((1, 8, 1), "full", math.inf, "does not fit: student: 1"),
-            sweep.Row((1, 4, 2), "none", 2.0, "slow"),
-            sweep.Row((8, 1, 1), "none", 1.0, "fast"),
+            sweep.Row((1, 8, 1), "full", 8, {}, math.inf, "does not fit: student: 1"),
+            sweep.Row((1, 4, 2), "none", 8, {}, 2.0, "slow"),
+            sweep.Row((8, 1, 1), "none", 8, {}, 1.0, "fast"),
         ]
         assert [line.split()[-1] for line in sweep.table(rows).splitlines()[1:]] == ["fast", "slow", "1"]
+
+    @pytest.mark.usefixtures("fast_compilation")
+    def test_a_table_of_topologies_and_its_picture(self, tmp_path):
+        values = values_of("wan_14b", "tiny,scm")
+        rows = list(sweep.scale(values, ["cpu:1", "cpu:4"], batch_per_chip=2))
+        assert [(row.mesh, row.batch) for _, row in rows] == [((1, 1, 1), 2), ((1, 4, 1), 8)]
+        one, four = (row.steps["student"].need for _, row in rows)
+        assert report.received(one.work) == 0 < report.received(four.work)
+        cells = sweep.line(*rows[1]).split(" | ")
+        assert len(cells) == sweep.HEAD.count("|") - 1 and cells[:3] == ["| cpu:4", "1 × 4 × 1", "8"]
+        assert cells[3] == report.gib(four.peak) and cells[4] == ""  # sCM alone has no critic
+        sweep.draw(rows, tmp_path / "curve.png")
+        assert imageio.imread(tmp_path / "curve.png").std() > 1
+        [(_, refused)] = sweep.scale(values, ["cpu:3"])  # a batch of 8
+        assert "refused: batch size 8 does not divide" in sweep.line("cpu:3", refused)
 
     @pytest.mark.slow
     def test_a_sweep(self):
