@@ -4,6 +4,7 @@ Every process runs the same program on the same config; jax.devices() are those 
 sharded over them as over the devices of one process.
 """
 
+import logging
 import os
 import sys
 
@@ -34,6 +35,8 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
         jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT)
     except ValueError as error:
         raise ValueError(f"no cluster is known by the environment ({error}): give --coordinator and the rest") from None
+    if not first():
+        logging.disable(logging.WARNING)  # what the first says for all
 
 
 def several() -> bool:

@@ -58,9 +58,10 @@ class Interrupted(Exception):
 def shardings_of(abstract_state: TrainState, mesh, offload: bool = False) -> TrainState:
     """Where every leaf of a state lies, from its abstract, still boxed, values."""
     shardings = state_sharding(abstract_state, mesh)
+    if not offload:
+        return shardings
     learners = {name: value for name, value in vars(shardings).items() if isinstance(value, Learner)}
-    moved = {name: value.replace(opt_state=in_host_memory(value.opt_state)) for name, value in learners.items()}
-    return shardings.replace(**moved) if offload else shardings
+    return shardings.replace(**{n: v.replace(opt_state=in_host_memory(v.opt_state)) for n, v in learners.items()})
 
 
 def place_state(method: Method, abstract_params, mesh, source, make_params=lambda params: params, offload=False):

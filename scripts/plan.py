@@ -1,6 +1,6 @@
 """What a run needs, before a cluster is booked: its programs are compiled here for chips that are not.
 
-    python scripts/plan.py --config=configs/wan_14b.py --topology=v5p:4x4x8 --config.mesh.seq=8 --config.mesh.fsdp=16
+    python scripts/plan.py --config=configs/wan_14b.py --topology=v5p:4x4x8 [--config.mesh.fsdp=16 --config.mesh.seq=8]
     python scripts/plan.py --config=configs/cosmos_14b.py --topology=h100:8x8 [--sweep]
     python scripts/plan.py --config=configs/wan_14b.py --topology=h100:8x8 --topology=h100:16x8 --out=curve.png
 
@@ -12,7 +12,7 @@ GPUs of each) JAX's CUDA plugin, without the CUDA libraries that it would bring.
 
 Lines marked "compiled" are facts of the compiled program; "estimate" is a roofline: what runs may be slower, and by
 much. --sweep compiles every mesh and remat policy that divides, minutes for each, and ranks them. Several topologies
-make a table, a line for each, and --out draws it. A student step for TPUs compiles for many minutes; --effort=-1 is
+make a table, a line for each, and --out draws it. A student step for TPUs compiles for minutes; --optimization=O0 is
 several times quicker, and its memory and schedule may differ.
 """
 
@@ -46,8 +46,8 @@ PER_CHIP = flags.DEFINE_integer("batch_per_chip", None, "With a batch of so many
 OUT = flags.DEFINE_string("out", None, "A PNG file: the table of several topologies, drawn.")
 SWEEP = flags.DEFINE_bool("sweep", False, "Try all meshes and remat policies that divide, and rank them.")
 REMAT = flags.DEFINE_multi_enum("remat", sweep.REMATS, sweep.REMATS, "The remat policies of --sweep.")
-EFFORT = flags.DEFINE_float(
-    "effort", 0.0, "XLA's, from -1 to 1: less compiles faster, to a program other than the run's."
+LEVEL = flags.DEFINE_enum(
+    "optimization", None, ["O0", "O1", "O2", "O3"], "XLA's: O0 compiles faster, to a program other than the run's."
 )
 flags.mark_flags_as_required(["config", "topology"])
 
@@ -56,7 +56,8 @@ def main():
     counts = [int(t.partition(":")[2]) for t in TOPOLOGY.value if re.fullmatch(r"cpu:[1-9]\d*", t)]
     if counts:
         jax.config.update("jax_num_cpu_devices", max(counts))
-    jax.config.update("jax_exec_time_optimization_effort", EFFORT.value)
+    if LEVEL.value:
+        jax.config.update("jax_optimization_level", LEVEL.value)
     several = len(TOPOLOGY.value) > 1
     if OUT.value and not (several and OUT.value.endswith(".png")):
         raise ValueError("--out draws a table: give --topology several times, and a name that ends in .png")

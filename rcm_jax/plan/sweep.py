@@ -1,5 +1,6 @@
 """Many plans in one go: meshes and remat policies, ranked by the time of a cycle; one config on more and more chips."""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -8,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from rcm_jax.evaluate.report import GREY, INK, RULE, SERIES
 from rcm_jax.files import write_whole
 from rcm_jax.plan import chips, report
 from rcm_jax.plan.chips import Chip
@@ -124,20 +126,22 @@ def draw(rows: list[tuple[str, Row]], path) -> None:
         if "student" in row.steps and (need := row.steps["student"].need):
             point = math.prod(row.mesh), need.peak / 2**30, report.received(need.work) / 2**30
             kinds.setdefault(topology.partition(":")[0], []).append(point)
-    figure = Figure(figsize=(9, 3.4), dpi=120, layout="constrained")
+    if not kinds:
+        raise ValueError("there is nothing to draw: no student step of any topology could be compiled")
+    figure = Figure(figsize=(9, 3.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     counts = sorted({count for points in kinds.values() for count, _, _ in points})
-    for axes, place, title in zip(
-        figure.subplots(1, 2), (1, 2), ("memory of a chip, GiB", "received by a chip, GiB"), strict=True
-    ):
-        for kind, points in kinds.items():
-            axes.plot([p[0] for p in points], [p[place] for p in points], marker="o", label=kind)
-        axes.set(xscale="log", xlabel="chips", ylim=(0, None))
-        axes.set_title(f"student step: {title}", fontsize=10, loc="left")
+    titles = {1: "memory of a chip, GiB", 2: "received by a chip, GiB"}
+    for axes, (place, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        for color, (kind, points) in zip(itertools.cycle(SERIES), kinds.items(), strict=False):
+            axes.plot([p[0] for p in points], [p[place] for p in points], color=color, marker="o", label=kind)
+        axes.set(xscale="log", xlabel="chips", ylim=(0, 1.1 * max(p[place] for ps in kinds.values() for p in ps)))
+        axes.set_title(f"student step: {title}", fontsize=10, color=INK, loc="left")
         axes.xaxis.set_major_locator(FixedLocator(counts))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.grid(alpha=0.3)
+        axes.tick_params(colors=GREY)
+        axes.grid(axis="y", color=RULE)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="lower left")
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png"))
