@@ -19,15 +19,17 @@ from rcm_jax.train_state import TrainState
 
 CHUNK_BYTES = 2**28  # of converted arrays on disk: a host that needs a part of one reads little more than that
 
-# What may change between a run and its continuation: when it stops and what it shows, not what it learns.
+# What may change between a run and its continuation: when it stops, what it shows and how it is computed (the same
+# numbers, up to the order of sums), not what it learns.
+_COMPUTED = {f"config.{key}" for key in ("mesh.data", "mesh.fsdp", "mesh.seq", "model.attention", "model.remat")}
 _SHOWN_KEYS = ("sigma_max", "mid_times", "teacher_shift", "teacher_solver", "teacher_sigma_max")
 _SHOWN = {f"config.sampling.{key}" for key in _SHOWN_KEYS}
 # (More pretraining steps would be another teacher. Data may be moved: that they are the same is the user's word.)
 _HABITS = ("log_every", "checkpoint_every", "sample_every", "keep", "wandb", "offload", "asynchronous")
 MAY_CHANGE = (
     _SHOWN
+    | _COMPUTED
     | {"config.data.path"}
-    | {f"config.mesh.{axis}" for axis in ("data", "fsdp", "seq")}  # the same numbers, up to the order of sums
     | {f"config.train.{key}" for key in ("steps", *_HABITS)}
     | {f"config.pretrain.train.{key}" for key in _HABITS}
 )

@@ -76,7 +76,7 @@ def test_many_differences_are_counted_not_listed(tmp_path):
         checkpoint.claim_workdir(tmp_path, {f"k{i}": -1 - i for i in range(9)})
 
 
-@pytest.mark.parametrize("path", ["train.steps", "train.log_every", "train.asynchronous", "mesh.fsdp"])
+@pytest.mark.parametrize("path", ["train.steps", "train.log_every", "train.asynchronous", "mesh.fsdp", "model.remat"])
 def test_what_decides_only_when_to_stop_and_show_may_change(tmp_path, path):
     checkpoint.claim_workdir(tmp_path, VALUES)
     checkpoint.claim_workdir(tmp_path, changed(path, 77))
