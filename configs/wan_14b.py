@@ -16,7 +16,7 @@ def get_config(variant: str = "") -> ConfigDict:
     """wan_1_3b, but for what is set here."""
     config = wan_1_3b.get_config()
     config.data.shape = (21, 60, 104, 16)
-    # A video a chip up to 64 chips, then shared by seq of them: the least communication that fits (docs/plan.md).
+    # A video for each of 64 chips, or for seq of them where there are more: the least communication (docs/plan.md).
     config.mesh = dict(data=1, fsdp=64, seq=-1)
     config.model.update(wan_1_3b.model("wan-14b"))
     config.rcm.warmup = 200  # the paper; the official code has none

@@ -40,6 +40,7 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
 
 
 def several() -> bool:
+    """Whether there is more than this process."""
     return jax.process_count() > 1
 
 

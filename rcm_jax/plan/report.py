@@ -79,6 +79,7 @@ def open_trips(programs: Programs) -> float:
 
 
 def fits(planned: Planned, chip: Chip) -> bool:
+    """Whether it compiled, and needs no more memory than a chip has."""
     return planned.need is not None and planned.need.peak <= chip.hbm
 
 
@@ -93,12 +94,13 @@ def cycle_seconds(programs: Programs, steps: dict[str, Planned]) -> tuple[float,
 def head(programs: Programs, chip: Chip, topology: str) -> str:
     """What is planned."""
     run, mesh = programs.run, programs.mesh
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], run.train.accumulate
+    divided = f", in {parts} parts one after another" if parts > 1 else ""
     axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     parts = [
         f"{topology}: {mesh.size} chips of {gib(chip.hbm)}, mesh {axes}; state and teacher hold {gib(programs.held)}",
         f"batch {run.train.batch_size}: {run.train.batch_size // shards} for each of data × fsdp = {shards}, "
-        f"which seq = {mesh.shape['seq']} chips share; remat {getattr(run.model, 'remat', 'none')!r}",
+        f"which seq = {mesh.shape['seq']} chips share{divided}; remat {getattr(run.model, 'remat', 'none')!r}",
         programs.note,
         f"jax {jax.__version__}; every figure is of one chip and one run of the program",
     ]
@@ -151,7 +153,7 @@ def summary(programs: Programs, steps: dict[str, Planned], chip: Chip) -> str:
     """The whole: whether it fits, and how fast it may be."""
     failing = [name for name, planned in steps.items() if not fits(planned, chip)]
     if failing:
-        return f"\ndoes not fit: {', '.join(failing)}. More chips, mesh.seq, remat, or a smaller batch for each."
+        return f"\ndoes not fit: {', '.join(failing)}. More chips, mesh.seq, remat or train.accumulate."
     time, iterations = cycle_seconds(programs, steps)
     rate = iterations * programs.run.train.batch_size / time
     days = programs.run.train.steps / iterations * time / 86400

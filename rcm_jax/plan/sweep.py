@@ -42,6 +42,7 @@ def meshes(chips: int, batch: int, heads: int, tokens: int) -> list[tuple[int, i
 
 
 def divisors(n: int) -> list[int]:
+    """All of them, rising."""
     return [d for d in range(1, n + 1) if n % d == 0]
 
 

@@ -27,7 +27,7 @@ TINY = [
     "--config.model.num_heads=2",
     "--config.model.patch=4",
 ]
-# The evaluation's own constants, for a few hundred samples and a hardly trained judge.
+# A script with its arguments; a "small" one evaluates a few hundred samples with a hardly trained judge.
 RUN = """
 import atexit, json, os, runpy, signal, sys, traceback
 sys.path.insert(0, "scripts")

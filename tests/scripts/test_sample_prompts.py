@@ -142,8 +142,6 @@ REFUSED = [
     (["--prompt=a", "--out={to}/a.mp4", "--vae={to}/no.pth"], ["--vae=", "no.pth", "no such file"]),
     (["--prompt=a", "--out={to}/a.mp4", "--steps=5"], ["5 steps", "1 to 4"]),
     (["--prompts={from}/empty.txt", "--out={to}/a.mp4"], ["empty.txt holds no prompt"]),
-]
-REFUSED_TOO = [  # every start of a process takes seconds
     (["--prompt=a", "--out={to}/a.png"], ["these are 5", "--frames=1"]),
     (["--prompt=a", "--out={to}/a.mp4", "--size=50"], ["--size=50", "832x480"]),
     (["--prompt=a", "--out={to}/a.mp4", "--guidance=2"], ["--guidance is for teachers"]),
@@ -156,7 +154,7 @@ REFUSED_TOO = [  # every start of a process takes seconds
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [*REFUSED, *(pytest.param(*case, marks=pytest.mark.slow) for case in REFUSED_TOO)],
+    REFUSED,
     ids=lambda value: value[-1].removeprefix("--") if isinstance(value, list) and value[-1].startswith("--") else None,
 )
 def test_what_cannot_be_is_refused_before_anything_is_computed(run_script, published, tmp_path, flags, words):

@@ -20,9 +20,9 @@ def free_port() -> int:
 
 
 def start_all(start_script, processes, workdir, *flags, devices=1):
-    """The processes of one run, on a tiny distillation of the digits."""
+    """The processes of one run, on a tiny distillation of the digits, with checkpoints as the real runs write them."""
     cluster = [f"--coordinator=127.0.0.1:{free_port()}", f"--processes={processes}"]
-    arguments = [f"--workdir={workdir}", *TINY, *flags, *cluster]
+    arguments = [f"--workdir={workdir}", *TINY, "--config.train.asynchronous=True", *flags, *cluster]
     options = dict(devices=devices, small=True)
     return [start_script("train", *arguments, f"--process={i}", **options) for i in range(processes)]
 
