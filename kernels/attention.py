@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero, linear_call
 
-from kernels import blockwise, pallas_tpu, reference, triton
+from . import blockwise, pallas_tpu, reference, triton
 
 
 class Implementation(NamedTuple):

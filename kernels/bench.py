@@ -46,9 +46,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels import pallas_tpu, reference, triton
-from kernels.attention import KERNELS, choices, flash_attention, resolve
-from kernels.workloads import REAL, WORKLOADS
+from . import pallas_tpu, reference, triton
+from .attention import KERNELS, choices, flash_attention, resolve
+from .workloads import REAL, WORKLOADS
 
 FORWARD, TANGENT, BACKWARD = "forward", "forward + tangent", "forward + backward"
 # {pass: products of self-attention, of cross-attention}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels.reference import compute_dtype
+from .reference import compute_dtype
 
 
 class Tiles(NamedTuple):

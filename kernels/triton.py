@@ -266,7 +266,7 @@ def modules():
     try:
         import jax_triton
 
-        from kernels import triton_kernels
+        from . import triton_kernels
     except ImportError as error:
         raise ValueError(f'implementation "triton" needs jax-triton, which is not installed: {INSTALL}') from error
     return jax_triton.triton_call, triton_kernels

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import jax
 
-from kernels import triton as attention
-from kernels.workloads import WORKLOADS
+from . import triton as attention
+from .workloads import WORKLOADS
 
 SHARED_KIB = {"sm80": 99, "sm90": 227}  # the most that one program may have, 163 on an A100
 COLUMNS = ("registers", "spills", "shared", "wgmma")
@@ -76,7 +76,7 @@ def compile_launch(name, launch, capability, config=None):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kernels import triton_kernels
+    from . import triton_kernels
 
     kernel = getattr(triton_kernels, launch.kernel)
     config = config or attention.configuration(launch, capability)

@@ -16,10 +16,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import methods
-from rcm_jax import checkpoint, pipeline, trainer
+from rcm_jax.train import checkpoint, trainer
+from rcm_jax.run import pipeline
 from rcm_jax.evaluate import mixture_report
 from rcm_jax.evaluate.mixture import evaluate
-from rcm_jax.steps import student_updates
+from rcm_jax.train.steps import student_updates
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", str(pathlib.Path(__file__).parent.parent / "configs/mixture.py"), "A config of rCM on a mixture."

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from absl import flags, logging
 
-from rcm_jax import checkpoint, convert
+from rcm_jax.train import checkpoint
+from rcm_jax import convert
 from rcm_jax.convert.files import open_tensors
-from rcm_jax.files import check_new_folder
+from rcm_jax.util.files import check_new_folder
 
 MODEL = flags.DEFINE_string("model", None, f"{', '.join(convert.PUBLISHED)}, or a JSON file as config.model.")
 SRC = flags.DEFINE_string("src", None, "A .safetensors, .safetensors.index.json, .pth or .pt file, or a folder of one.")

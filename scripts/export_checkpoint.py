@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from rcm_jax import checkpoint, convert, experiment
+from rcm_jax.train import checkpoint
+from rcm_jax import convert
+from rcm_jax.run import experiment
 from rcm_jax.convert.files import write_tensors
 from rcm_jax.convert.lazy import LazyTensor
 from rcm_jax.convert.table import cast
-from rcm_jax.files import check_new_folder
+from rcm_jax.util.files import check_new_folder
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir of scripts/train.py or convert_checkpoint.py.")
 ITEM = flags.DEFINE_enum("item", "ema", ["ema", "student", "fake_score"], "Which network; ema: the averaged student.")

@@ -26,12 +26,15 @@ from ml_collections import config_flags
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from rcm_jax import checkpoint, convert, experiment, generate, text, trainer, video
+from rcm_jax.train import checkpoint, trainer
+from rcm_jax import convert
+from rcm_jax.run import experiment, generate
+from rcm_jax.media import text, video
 from rcm_jax.data import DATASETS
 from rcm_jax.evaluate.distillation import draw
-from rcm_jax.evaluate.picture import grid, save_png
-from rcm_jax.files import check_writable, write_whole
-from rcm_jax.sharding import MeshConfig, make_mesh
+from rcm_jax.media.picture import grid, save_png
+from rcm_jax.util.files import check_writable, write_whole
+from rcm_jax.parallel.sharding import MeshConfig, make_mesh
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir of scripts/train.py or convert_checkpoint.py.")
 STEP = flags.DEFINE_integer("checkpoint_step", None, "Training step of the checkpoint; the newest if not given.")

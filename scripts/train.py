@@ -13,7 +13,9 @@ import time
 import jax
 from absl import flags
 
-from rcm_jax import distributed, pipeline, trainer
+from rcm_jax.parallel import distributed
+from rcm_jax.run import pipeline
+from rcm_jax.train import trainer
 from rcm_jax.data import DigitsConfig, MixtureConfig
 from rcm_jax.evaluate.distillation import write_distillation_report
 from rcm_jax.evaluate.mixture_report import write_mixture_report

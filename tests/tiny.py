@@ -11,19 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from kernels import attention
-from rcm_jax import denoiser, experiment, trainer
-from rcm_jax.consistency import ScmConfig
 from rcm_jax.data import DigitsConfig, latents
 from rcm_jax.data.dataset import Dataset
-from rcm_jax.dmd import DmdConfig
+from rcm_jax.kernels import attention
+from rcm_jax.method import denoiser
+from rcm_jax.method.objectives.consistency import ScmConfig
+from rcm_jax.method.objectives.dmd import DmdConfig
+from rcm_jax.method.trigflow import LogNormal, ShiftedUniform
 from rcm_jax.models import DiTConfig
 from rcm_jax.models.dit import DiT
-from rcm_jax.optimizer import OptimizerConfig
-from rcm_jax.sharding import MeshConfig, make_mesh
-from rcm_jax.steps import DiffusionConfig, Method, RcmConfig, diffusion_method, rcm_method
-from rcm_jax.train_state import Teacher
-from rcm_jax.trigflow import LogNormal, ShiftedUniform
+from rcm_jax.parallel.sharding import MeshConfig, make_mesh
+from rcm_jax.run import experiment
+from rcm_jax.train import trainer
+from rcm_jax.train.optimizer import OptimizerConfig
+from rcm_jax.train.state import Teacher
+from rcm_jax.train.steps import DiffusionConfig, Method, RcmConfig, diffusion_method, rcm_method
 from tests.conftest import GOLDEN
 
 BATCH = 8

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from rcm_jax import convert, denoiser
+from rcm_jax import convert
+from rcm_jax.method import denoiser
 from rcm_jax.models.wan import Wan, WanConfig, init
 from tests import tiny
 from tests.conftest import GOLDEN

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rcm_jax.config import build
 from rcm_jax.convert import cosmos, t5, table, wan, wan_vae
 from rcm_jax.models.cosmos import PUBLISHED as PUBLISHED_COSMOS
 from rcm_jax.models.cosmos import CosmosConfig
@@ -20,6 +19,7 @@ from rcm_jax.models.wan import PUBLISHED as PUBLISHED_WAN
 from rcm_jax.models.wan import WanConfig
 from rcm_jax.models.wan_vae import PUBLISHED as PUBLISHED_WAN_VAE
 from rcm_jax.models.wan_vae import WanVAEConfig
+from rcm_jax.util.config import build
 
 
 class Model(NamedTuple):

@@ -17,7 +17,7 @@ import safetensors
 
 from rcm_jax.convert.lazy import LazyTensor
 from rcm_jax.convert.torch_file import open_torch_file
-from rcm_jax.files import new_folder
+from rcm_jax.util.files import new_folder
 
 INDEX = ".safetensors.index.json"
 TORCH = (".pth", ".pt", ".bin")

@@ -25,7 +25,7 @@ import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from rcm_jax.data.dataset import Dataset
-from rcm_jax.files import new_folder
+from rcm_jax.util.files import new_folder
 
 UNCOND = "uncond.safetensors"
 SHARD = re.compile(r"latents-(\d{5,})-of-(\d{5,})\.array_record")

@@ -1,4 +1,4 @@
-"""Draws what rcm_jax.stability watches, from the metrics of one or several workdirs, two lines of panels each.
+"""Draws what rcm_jax.train.stability watches, from the metrics of one or several workdirs, two lines of panels each.
 
 python -m rcm_jax.evaluate.curves digits=runs/digits mixture=runs/mixture --out=curves.png
 """
@@ -11,9 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rcm_jax.evaluate.report import GREY, INK, SERIES
-from rcm_jax.files import write_whole
-from rcm_jax.metrics import read_metrics
-from rcm_jax.stability import BUCKETS, PROBED
+from rcm_jax.train.metrics import read_metrics
+from rcm_jax.train.stability import BUCKETS, PROBED
+from rcm_jax.util.files import write_whole
 
 TIMES = [f"t{k}" for k in range(BUCKETS)]
 # Panels: {title: ({label: metric}, logarithmic?)}

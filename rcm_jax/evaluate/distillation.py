@@ -5,11 +5,11 @@ import pathlib
 import jax
 import numpy as np
 
-from rcm_jax.evaluate.picture import grid, save_png
 from rcm_jax.evaluate.report import write_report
 from rcm_jax.evaluate.table import evaluate_samples, make_reference, table
-from rcm_jax.experiment import Experiment, student_sampler, teacher_sampler
-from rcm_jax.metrics import read_metrics
+from rcm_jax.media.picture import grid, save_png
+from rcm_jax.run.experiment import Experiment, student_sampler, teacher_sampler
+from rcm_jax.train.metrics import read_metrics
 
 SAMPLES = 3600  # of every row of the table
 BATCH = 400  # sampled at once

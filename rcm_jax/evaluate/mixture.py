@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rcm_jax import denoiser
 from rcm_jax.data.mixture import Mixture, mode_of, velocity
 from rcm_jax.evaluate.arrays import as_labels, as_samples, distance_blocks
+from rcm_jax.method import denoiser
 
 STEPS = 300  # of the Runge-Kutta method; see exact_map
 WIDTHS = (1.0, 0.5, 0.25, 0.125, 0.0625)  # of the kernels of mmd, each half of the one before

@@ -9,12 +9,12 @@ import jax
 import matplotlib.colors
 import numpy as np
 
-from rcm_jax import samplers
 from rcm_jax.data import mixture
 from rcm_jax.evaluate.mixture import Reference, evaluate, make_reference
 from rcm_jax.evaluate.report import SERIES, write_report
-from rcm_jax.experiment import Experiment, Network, student_sampler
-from rcm_jax.metrics import read_metrics
+from rcm_jax.method import samplers
+from rcm_jax.run.experiment import Experiment, Network, student_sampler
+from rcm_jax.train.metrics import read_metrics
 
 SAMPLES = 6000
 FLOOR = "exact teacher, other noise"

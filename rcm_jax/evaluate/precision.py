@@ -37,13 +37,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from rcm_jax import denoiser, trigflow
 from rcm_jax.evaluate.report import DPI, GREY, INK, PAPER, RULE, SERIES, WIDTH
 from rcm_jax.evaluate.table import format_table
-from rcm_jax.files import write_text, write_whole
+from rcm_jax.method import denoiser, trigflow
 from rcm_jax.models import cosmos, wan
 from rcm_jax.models.cosmos import CosmosConfig
 from rcm_jax.models.wan import WanConfig
+from rcm_jax.util.files import write_text, write_whole
 
 TAU = 0.02, 0.999  # rectified-flow times between which the study looks
 NARROW = {"dtype": "bfloat16", "time_dtype": "bfloat16"}

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from rcm_jax.evaluate.picture import grid
 from rcm_jax.evaluate.table import COLUMNS, Rows, cells, format_table
-from rcm_jax.files import write_text, write_whole
+from rcm_jax.media.picture import grid
+from rcm_jax.util.files import write_text, write_whole
 
 INK, GREY, RULE, PAPER = "#1f2430", "#697180", "#d9dde3", "#ffffff"
 SERIES = ("#2f5f8f", "#c4663a", "#4c8a68", "#8a68a6", "#a88a2c")

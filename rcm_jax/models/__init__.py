@@ -4,7 +4,7 @@ from rcm_jax.models.cosmos import Cosmos, CosmosConfig
 from rcm_jax.models.dit import DiT, DiTConfig
 from rcm_jax.models.mlp import MLP, MLPConfig
 from rcm_jax.models.wan import Wan, WanConfig
-from rcm_jax.sharding import check_sequence
+from rcm_jax.parallel.sharding import check_sequence
 
 # Frames, rows and columns of latents in one token, of the networks that have tokens.
 PATCHES = {

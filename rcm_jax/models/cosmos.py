@@ -24,7 +24,7 @@ from rcm_jax.models.layers import (
     stack,
     unpatchify,
 )
-from rcm_jax.sharding import split
+from rcm_jax.parallel.sharding import split
 
 # What the reference's config can say and the published text-to-image networks all say: nothing else is built.
 ONLY = {

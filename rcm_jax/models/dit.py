@@ -16,7 +16,7 @@ from rcm_jax.models.layers import (
     stack,
     unpatchify,
 )
-from rcm_jax.sharding import split
+from rcm_jax.parallel.sharding import split
 
 
 @dataclasses.dataclass(frozen=True)

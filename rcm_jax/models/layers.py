@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.attention import choices, flash_attention
-from rcm_jax.sharding import RULES, activation_spec, check_sequence, current_mesh
+from rcm_jax.kernels.attention import choices, flash_attention
+from rcm_jax.parallel.sharding import RULES, activation_spec, check_sequence, current_mesh
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # of the computation
 REMAT_POLICIES = {

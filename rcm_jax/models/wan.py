@@ -26,7 +26,7 @@ from rcm_jax.models.layers import (
     stack,
     unpatchify,
 )
-from rcm_jax.sharding import split
+from rcm_jax.parallel.sharding import split
 
 CLIP_EPS = 1e-5  # of the two norms around the image features, which the reference leaves at its framework's default
 

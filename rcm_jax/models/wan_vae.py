@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels.attention import flash_attention
+from rcm_jax.kernels.attention import flash_attention
 from rcm_jax.models.layers import at_least_float32, check_config
 
 # Of the latents of the published weights, by channel: x0 = (mu − mean)/std has unit variance.

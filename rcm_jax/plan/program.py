@@ -13,16 +13,18 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from kernels import triton
-from kernels.attention import KERNELS
-from rcm_jax import checkpoint, denoiser, experiment, trainer
 from rcm_jax.data import DATASETS, LatentsConfig
 from rcm_jax.data.dataset import Dataset
-from rcm_jax.denoiser import Velocities
+from rcm_jax.kernels import triton
+from rcm_jax.kernels.attention import KERNELS
+from rcm_jax.method import denoiser
+from rcm_jax.method.denoiser import Velocities
+from rcm_jax.parallel.sharding import HOST, batch_sharding, has_host_memory, make_mesh, replicated
 from rcm_jax.plan.chips import Chip
-from rcm_jax.sharding import HOST, batch_sharding, has_host_memory, make_mesh, replicated
-from rcm_jax.steps import rcm_method
-from rcm_jax.train_state import Teacher
+from rcm_jax.run import experiment
+from rcm_jax.train import checkpoint, trainer
+from rcm_jax.train.state import Teacher
+from rcm_jax.train.steps import rcm_method
 
 CLIP_TOKENS = 257  # of the image features of Wan2.1's image to video
 COSMOS_TEXT = 512  # tokens, to which T5's are padded
@@ -135,7 +137,7 @@ def _abstract(tree, sharding, *leading):
 def _calls(run: experiment.Experiment, mesh, dataset) -> tuple[dict, int]:
     """({name: (jitted function, *abstract arguments)}, bytes that state and teacher hold on a chip).
 
-    As rcm_jax.pipeline.distil and rcm_jax.trainer.fit make and call them.
+    As rcm_jax.run.pipeline.distil and rcm_jax.train.trainer.fit make and call them.
     """
     network = experiment.make_network(run, dataset)
     boxed = jax.eval_shape(network.init, jax.random.key(0))

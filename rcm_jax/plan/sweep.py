@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from rcm_jax.evaluate.report import GREY, INK, RULE, SERIES
-from rcm_jax.files import write_whole
 from rcm_jax.plan import chips, report
 from rcm_jax.plan.chips import Chip
 from rcm_jax.plan.program import Programs, prepare
 from rcm_jax.plan.report import Planned
+from rcm_jax.util.files import write_whole
 
 REMATS = ("full", "save_attention", "none")  # of rcm_jax.models.layers, by what they keep
 HEAD = "| chips | mesh data × fsdp × seq | batch | student | critic | student receives | critic receives | a cycle |"

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from configs import cosmos_0_6b, cosmos_2b, cosmos_14b, digits, methods, mixture, wan_1_3b, wan_14b
-from rcm_jax import denoiser, experiment
-from rcm_jax.steps import rcm_method, rcm_phase
+from rcm_jax.method import denoiser
+from rcm_jax.run import experiment
+from rcm_jax.train.steps import rcm_method, rcm_phase
 from tests import tiny
 
 MODULES = (digits, mixture, wan_1_3b, wan_14b, cosmos_0_6b, cosmos_2b, cosmos_14b)

@@ -6,8 +6,8 @@ import pytest
 from sklearn.datasets import load_sample_images
 
 from configs import cosmos_2b
-from rcm_jax import pipeline
-from rcm_jax.metrics import read_metrics
+from rcm_jax.run import pipeline
+from rcm_jax.train.metrics import read_metrics
 from tests.tiny import write_latents
 
 

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from rcm_jax import checkpoint, pipeline
-from rcm_jax.metrics import read_metrics
+from rcm_jax.run import pipeline
+from rcm_jax.train import checkpoint
+from rcm_jax.train.metrics import read_metrics
 from tests import cosmos, tiny, wan
 
 fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compilation)

@@ -241,7 +241,10 @@ def attacks(marker):
         "in a state dict": ("posix.system", pickled({"x": GOOD, "y": [Call(system, (command,))]})),
         "getattr chain": ("builtins.getattr", pickled(Call(chain, (command,)))),
         "numpy": ("numpy._core.multiarray._reconstruct", pickle.dumps(np.arange(3))),
-        "our module": ("rcm_jax.files.os.system", pickled(Call(Name("rcm_jax.files", "os.system"), (command,)))),
+        "our module": (
+            "rcm_jax.util.files.os.system",
+            pickled(Call(Name("rcm_jax.util.files", "os.system"), (command,))),
+        ),
         "dotted": ("torch._utils._rebuild_tensor_v2", pickled(Name("torch", "_utils._rebuild_tensor_v2"))),
         "dotted class": ("collections.OrderedDict.fromkeys", pickled(Name("collections", "OrderedDict.fromkeys"))),
         "torch.load": ("torch.load", pickled(Call(Name("torch", "load"), (str(marker),)))),

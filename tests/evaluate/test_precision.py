@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcm_jax import trigflow
 from rcm_jax.evaluate import precision
 from rcm_jax.evaluate.precision import MISMATCH, PUBLISHED
+from rcm_jax.method import trigflow
 from rcm_jax.models.wan import Wan
 from tests import cosmos, tiny, wan
 from tests.tiny import relative

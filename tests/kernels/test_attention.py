@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from rcm_jax.kernels.attention import flash_attention
+from rcm_jax.kernels.workloads import WORKLOADS
 
-from kernels import attention, bench, blockwise, pallas_tpu
-from kernels.attention import flash_attention
-from kernels.workloads import WORKLOADS
+from rcm_jax.kernels import attention, bench, blockwise, pallas_tpu
 
 # Relative to the largest entry. bfloat16 has 8 bits: o, and o as a residual of the derivatives, are rounded to 2⁻⁹.
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 1.5e-2}

@@ -17,8 +17,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
 pytest.importorskip("triton")
 
-from kernels import reference
-from kernels import triton as attention
+from rcm_jax.kernels import reference
+from rcm_jax.kernels import triton as attention
 from tests.kernels import interpreted
 
 # O and Ȯ are rounded to 2⁻⁹ (bfloat16) or 2⁻¹² (float16); P, H and dS are too before they are multiplied.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcm_jax import denoiser, samplers
+from rcm_jax.method import denoiser, samplers
 from rcm_jax.models.cosmos import ONLY, CosmosConfig
 from tests import tiny
 from tests.cosmos import TINY, apply, golden_config, golden_params, inputs, random_params

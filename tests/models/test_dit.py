@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import attention
+from rcm_jax.kernels import attention
 from rcm_jax.models import DiTConfig
 from tests import tiny
 from tests.tiny import assert_trees_close, relative, x64

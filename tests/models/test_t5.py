@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rcm_jax.models.t5 import PUBLISHED, T5Config, T5Encoder, bucket_of_distance, init
-from rcm_jax.sharding import MeshConfig, make_mesh, partition_spec
+from rcm_jax.parallel.sharding import MeshConfig, make_mesh, partition_spec
 from tests import tiny
 from tests.t5 import TINY, golden_config, golden_params, random_params
 from tests.tiny import cases, relative, stem

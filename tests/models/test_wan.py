@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import attention
+from rcm_jax.kernels import attention
 from rcm_jax.models import NETWORKS
 from rcm_jax.models.layers import REMAT_POLICIES, patchify, rope_tables, unpatchify
 from rcm_jax.models.wan import Block, Wan, WanConfig, init

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rcm_jax.models.wan_vae import LATENT_MEAN, LATENT_STD, ONLY, PUBLISHED, WanVAEConfig, init
-from rcm_jax.sharding import MeshConfig, make_mesh, partition_spec
+from rcm_jax.parallel.sharding import MeshConfig, make_mesh, partition_spec
 from tests.tiny import cases, relative, stem
 from tests.wan import precision
 from tests.wan_vae import TINY, in_chunks, input_sets, normal, random_params, recorded_network, recorded_set, step
@@ -50,7 +50,7 @@ def test_the_statistics_of_the_latents_are_the_recorded_ones(path):
 
 
 def test_chunks_of_any_length_are_encoded_as_the_whole_video_is():
-    """Those of rcm_jax.vae are in tests/test_vae.py."""
+    """Those of rcm_jax.media.vae are in tests/test_vae.py."""
     x, params = normal(1, 17, 16, 8, 3), random_params()
     whole = in_chunks(TINY, "encoder", params, x, [17])
     assert whole.shape == (1, 5, 2, 1, 16)

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
+from rcm_jax.kernels.attention import flash_attention
 
-from kernels.attention import flash_attention
+from rcm_jax.parallel.sharding import MeshConfig, make_mesh
 from rcm_jax.plan import chips, hlo, program, report, sweep
 from rcm_jax.plan.program import Compiled, compile_program, prepare
-from rcm_jax.sharding import MeshConfig, make_mesh
 from tests import tiny
 
 fast_compilation = pytest.fixture(scope="module")(tiny.fast_compilation)

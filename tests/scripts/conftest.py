@@ -43,7 +43,7 @@ def run(small, *argv):
 """
 # Imports are most of what a short run takes: they are done once, and every line read forks a process that runs it.
 SERVE = """
-import common, rcm_jax.convert, rcm_jax.generate, rcm_jax.pipeline, rcm_jax.evaluate.mixture_report
+import common, rcm_jax.convert, rcm_jax.run.generate, rcm_jax.run.pipeline, rcm_jax.evaluate.mixture_report
 for line in sys.stdin:
     job = json.loads(line)
     if child := os.fork():

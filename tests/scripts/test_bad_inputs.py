@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from configs import digits
-from rcm_jax.experiment import teacher_values
+from rcm_jax.run.experiment import teacher_values
 from tests.scripts.conftest import TINY, assert_refused, snapshot, write_config
 
 # The config that TINY stands for, as a workdir holds it.

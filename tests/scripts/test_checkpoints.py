@@ -9,10 +9,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import wan_1_3b, wan_14b
-from rcm_jax import checkpoint, convert, experiment
+from rcm_jax import convert
 from rcm_jax.convert.files import write_tensors
 from rcm_jax.data import latents
 from rcm_jax.data.dataset import Dataset
+from rcm_jax.run import experiment
+from rcm_jax.train import checkpoint
 from tests import wan
 from tests.scripts.conftest import assert_refused, snapshot
 from tests.tiny import assert_trees_equal

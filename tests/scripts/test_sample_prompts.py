@@ -9,13 +9,17 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import cosmos_2b, wan_1_3b
-from rcm_jax import checkpoint, convert, generate, samplers, text, vae
+from rcm_jax import convert
 from rcm_jax.convert.files import write_tensors
+from rcm_jax.media import text, vae
+from rcm_jax.method import samplers
+from rcm_jax.method.samplers import unit_noise
 from rcm_jax.models import t5, wan_vae
-from rcm_jax.samplers import unit_noise
+from rcm_jax.run import generate
+from rcm_jax.train import checkpoint
 from tests import cosmos, tiny, wan
+from tests.media.test_text import WORDS, write_tokenizer
 from tests.scripts.conftest import assert_refused, snapshot
-from tests.test_text import WORDS, write_tokenizer
 from tests.tiny import relative
 from tests.torch_pickle import save_state_dict
 

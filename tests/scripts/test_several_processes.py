@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from rcm_jax import checkpoint
-from rcm_jax.metrics import read_metrics
+from rcm_jax.train import checkpoint
+from rcm_jax.train.metrics import read_metrics
 from tests.scripts.conftest import TINY, assert_refused, finish
 
 

@@ -1,0 +1,54 @@
+"""Grids of images, as arrays and as PNG files."""
+
+import os
+
+import imageio.v3 as imageio
+import numpy as np
+
+from rcm_jax.util.files import write_whole
+
+
+def grid(images, columns: int, *, upscale: int = 1, separator: int = 1, background: float = 0.25) -> np.ndarray:
+    """images [n, h, w, c], floats in [0, 1], c = 1 or 3 → uint8 [H, W, c], row by row, `columns` to a row.
+
+    Every pixel becomes `upscale` × `upscale`; lines of `separator` pixels in `background` (grey, 0 to 1) run between
+    the images and around them, and fill what the last row lacks. Values outside [0, 1] are clipped and NaNs drawn in
+    middle grey: a picture taken while training must not end it.
+
+    Raises:
+      ValueError: another shape or dtype, columns or upscale below 1, separator below 0.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or 0 in images.shape or images.shape[-1] not in (1, 3):
+        raise ValueError(f"images have shape {images.shape}, expected [n, h, w, c] with n >= 1 and c = 1 or 3")
+    if np.issubdtype(images.dtype, np.integer):
+        raise ValueError(f"images have dtype {images.dtype}, expected floats in [0, 1]; divide by 255 first")
+    if columns < 1 or upscale < 1 or separator < 0:
+        raise ValueError(f"columns = {columns} and upscale = {upscale} must be >= 1, separator = {separator} >= 0")
+    pixels = _bytes(images).repeat(upscale, axis=1).repeat(upscale, axis=2)
+    n, h, w, c = pixels.shape
+    rows, h, w = -(-n // columns), h + separator, w + separator
+    canvas = np.full((separator + rows * h, separator + columns * w, c), _bytes(np.array(background)))
+    for i, image in enumerate(pixels):
+        top, left = separator + i // columns * h, separator + i % columns * w
+        canvas[top : top + h - separator, left : left + w - separator] = image
+    return canvas
+
+
+def save_png(path: str | os.PathLike, array) -> None:
+    """Writes array, uint8 [H, W, 1 or 3], as a PNG; folders are made, and readers never see half a file.
+
+    Raises:
+      ValueError: another shape or dtype.
+    """
+    array = np.asarray(array)
+    if array.ndim != 3 or array.shape[-1] not in (1, 3) or array.dtype != np.uint8:
+        raise ValueError(f"array is {array.dtype} {array.shape}, expected uint8 [H, W, 1 or 3] as grid returns it")
+    pixels = array[..., 0] if array.shape[-1] == 1 else array
+    write_whole(path, lambda temporary: imageio.imwrite(temporary, pixels, extension=".png"))
+
+
+def _bytes(x: np.ndarray) -> np.ndarray:
+    """[0, 1] → 0..255, rounded; NaN → 128."""
+    x = np.nan_to_num(x.astype(np.float32), nan=0.5, posinf=1, neginf=0)
+    return np.round(np.clip(x, 0, 1) * 255).astype(np.uint8)

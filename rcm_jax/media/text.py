@@ -1,0 +1,109 @@
+"""Prompts to the embeddings that Wan and Cosmos-Predict2 are conditioned on: clean, tokenize, encode.
+
+Wan cleans its prompts, Cosmos-Predict2 takes them as they are. Both give their networks 512 tokens, zeros where padded.
+"""
+
+import functools
+import html
+import os
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from absl import logging
+
+from rcm_jax.models.t5 import T5Config, T5Encoder
+from rcm_jax.util.extras import require
+
+END, PADDING = "</s>", "<pad>"  # tokens that every T5 has
+
+
+def clean(prompt: str) -> str:
+    """The prompt as Wan cleans it: wrongly decoded text is mended, HTML entities are resolved twice, and any white
+    space becomes one blank, none at the ends."""
+    text = require("ftfy", "sample", "prompts").fix_text(prompt)
+    return " ".join(html.unescape(html.unescape(text)).split())
+
+
+def tokenize(
+    folder: str | os.PathLike, prompts: Sequence[str], length: int = 512, vocab_size: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of prompts and where they are: ids [b, length] and mask [b, length], int32, 1 where there is a token.
+
+    Every prompt ends with </s>. What is longer than `length` with it is cut off before it, as the references do, and a
+    warning gives the numbers. The folder must hold tokenizer.json, as Wan-AI's google/umt5-xxl and diffusers'
+    tokenizer/ do; nothing else is read. ValueError for one that does not, for a tokenizer that is no T5's or not of an
+    encoder of so many tokens (vocab_size, which is a little more than the tokenizer has), for prompts that are no text.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts or length < 1:
+        raise ValueError(f"{len(prompts)} prompts of {length} tokens: there must be one at least, of one at least")
+    for prompt in prompts:
+        prompt.encode("utf-8")  # a ValueError that says where
+    tokenizer = _open_tokenizer(folder)
+    known = tokenizer.get_vocab_size()
+    if vocab_size is not None and not vocab_size / 2 < known <= vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} knows {known} tokens, the encoder {vocab_size}: take the one that is published "
+            "with it"
+        )
+    counts = [len(encoding.ids) for encoding in tokenizer.encode_batch(prompts)]
+    if cut := sum(count > length for count in counts):
+        logging.warning(
+            "%d of %d prompts end after %d tokens; the longest has %d", cut, len(counts), length, max(counts)
+        )
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(PADDING), pad_token=PADDING)
+    encodings = tokenizer.encode_batch(prompts)
+    ids = np.array([encoding.ids for encoding in encodings], np.int32)
+    mask = np.array([encoding.attention_mask for encoding in encodings], np.int32)
+    if np.any(ids[np.arange(len(ids)), mask.sum(axis=1) - 1] != tokenizer.token_to_id(END)):
+        raise ValueError(f"the tokenizer in {folder} does not end prompts with {END}, as those of T5 do")
+    return ids, mask
+
+
+def _open_tokenizer(folder):
+    """The tokenizer that tokenizer.json defines.
+
+    Not transformers' AutoTokenizer: from the same file that may build another one, which knows no bytes (umT5 spells
+    characters by them that it lacks), and without a file one that knows no words, both in silence.
+    """
+    tokenizers, path = require("tokenizers", "sample", "prompts"), pathlib.Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        problem = "holds no tokenizer.json" if path.parent.is_dir() else "is no folder"
+        raise ValueError(f"{folder} {problem}; name the tokenizer's folder that is published with the encoder")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} is no tokenizer, or damaged: {error}") from None
+    if lacking := [token for token in (END, PADDING) if tokenizer.token_to_id(token) is None]:
+        raise ValueError(f"{path} is no tokenizer of T5: it lacks {' and '.join(lacking)}")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def encode(config: T5Config, params, ids, mask, batch: int = 8) -> np.ndarray:
+    """Embeddings [b, l, d_model] of tokens [b, l], in config.dtype, zero where padded; `batch` prompts at a time.
+
+    ValueError for no tokens, and for tokens that the encoder does not have.
+    """
+    ids, mask = np.asarray(ids), np.asarray(mask)
+    if not ids.size or batch < 1:
+        raise ValueError(f"ids {ids.shape}, {batch} prompts at a time: there must be one at least")
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise ValueError(
+            f"the tokens are {ids.min()} to {ids.max()}, the encoder has 0 to {config.vocab_size - 1}: "
+            "take the tokenizer that is published with it"
+        )
+    params = jax.device_put(params)  # once, not with every batch
+    count, batch = len(ids), min(batch, len(ids))
+    fill = ((0, -count % batch), (0, 0))  # all batches have one shape: one compilation
+    batches = (np.pad(x, fill).reshape(-1, batch, x.shape[1]) for x in (ids, mask))
+    return np.concatenate([np.asarray(_encode(config, params, *part)) for part in zip(*batches, strict=True)])[:count]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(config, params, ids, mask):
+    return T5Encoder(config).apply({"params": params}, ids, mask)

@@ -1,0 +1,1 @@
+"""The papers: formulas, losses, rollouts, samplers. Pure functions, no state; nothing here mentions a mesh."""

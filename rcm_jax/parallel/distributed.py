@@ -1,0 +1,84 @@
+"""Several processes: how they meet, what each of them reads, and that the first alone speaks and writes.
+
+Every process runs the same program on the same config; jax.devices() are those of all. Parameters and checkpoints are
+sharded over them as over the devices of one process.
+"""
+
+import logging
+import os
+import sys
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from rcm_jax.parallel.sharding import batch_sharding
+
+HEARTBEAT = 20  # seconds of silence after which a process counts as dead, and all others end
+
+
+def initialize(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Joins the other processes, before anything of JAX is used. Without arguments the environment of SLURM, Open MPI,
+    Kubernetes, GKE or a Cloud TPU VM says where they are.
+
+    coordinator: host:port of process 0, free there; processes: how many; process: which this is. ValueError if some of
+    the three are missing, or the environment says nothing; RuntimeError if the others do not come.
+    """
+    given = {"coordinator": coordinator, "processes": processes, "process": process}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if 0 < len(missing) < 3:
+        raise ValueError(f"{' and '.join(missing)} is missing: give --coordinator, --processes and --process, or none")
+    if not missing and not 0 <= process < processes:
+        raise ValueError(f"--process={process} must be from 0 to {processes - 1}, as --processes={processes}")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT)
+    except ValueError as error:
+        raise ValueError(f"no cluster is known by the environment ({error}): give --coordinator and the rest") from None
+    if not first():
+        logging.disable(logging.WARNING)  # what the first says for all
+
+
+def several() -> bool:
+    """Whether there is more than this process."""
+    return jax.process_count() > 1
+
+
+def first() -> bool:
+    """Whether this process writes files, metrics and what is shown on the console."""
+    return jax.process_index() == 0
+
+
+def wait(name: str) -> None:
+    """Returns when all processes are here."""
+    if several():
+        multihost_utils.sync_global_devices(name)
+
+
+def local_rows(batch_size: int, mesh) -> np.ndarray:
+    """The rows of a global batch that the devices of this process hold, rising."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in places]))
+
+
+def global_batch(rows, batch_size: int, mesh):
+    """The global batch of which this process has those local_rows: a pytree of [local, ...] to one of [b, ...]."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:])), rows)
+
+
+def on_host(tree):
+    """The whole of small arrays, in numpy, in every process; all must call it."""
+    return multihost_utils.process_allgather(tree, tiled=True) if several() else jax.device_get(tree)
+
+
+def leave(error: Exception) -> None:
+    """Ends this process at once, with a line, because another is gone: waiting for it at exit would take minutes."""
+    reason = str(error).splitlines()[0]
+    print(
+        f"error: process {jax.process_index()} of {jax.process_count()} lost the others ({reason}); "
+        "start all again with the same command: they go on from the last checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)

@@ -1,0 +1,191 @@
+"""Orbax checkpoints with exact resume, and the workdir they live in.
+
+A workdir holds config.json (what made it) and checkpoints/STEP/: one item per field of the train state, so that the
+averaged student alone can be read as a teacher or for sampling, and "data", the position of the input pipeline.
+"""
+
+import contextlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from rcm_jax.parallel import distributed
+from rcm_jax.train.state import TrainState
+from rcm_jax.util.config import flatten
+from rcm_jax.util.files import check_local, new_folder, write_text
+
+CHUNK_BYTES = 2**28  # of converted arrays on disk: a host that needs a part of one reads little more than that
+
+# What may change between a run and its continuation: when it stops, what it shows and how it is computed (the same
+# numbers, up to the order of sums), not what it learns.
+_COMPUTED = {f"config.{key}" for key in ("mesh.data", "mesh.fsdp", "mesh.seq", "model.attention", "model.remat")}
+_SHOWN_KEYS = ("sigma_max", "mid_times", "teacher_shift", "teacher_solver", "teacher_sigma_max")
+_SHOWN = {f"config.sampling.{key}" for key in _SHOWN_KEYS}
+# (More pretraining steps would be another teacher. Data may be moved: that they are the same is the user's word.)
+_HABITS = ("log_every", "checkpoint_every", "sample_every", "keep", "wandb", "offload", "asynchronous")
+MAY_CHANGE = (
+    _SHOWN
+    | _COMPUTED
+    | {"config.data.path"}
+    | {f"config.train.{key}" for key in ("steps", *_HABITS)}
+    | {f"config.pretrain.train.{key}" for key in _HABITS}
+)
+
+
+def claim_workdir(workdir, values: dict) -> None:
+    """Write config.json into a workdir; ValueError if it is there, of another config in more than MAY_CHANGE.
+
+    All processes look; the first writes, and they go on when it has.
+    """
+    workdir = pathlib.Path(workdir)
+    check_local(workdir)
+    path = workdir / "config.json"
+    if path.exists():
+        there, here = flatten(read_config(workdir)), flatten(values)
+        differing = [
+            key
+            for key in sorted(there.keys() | here.keys())
+            if there.get(key) != here.get(key) and key not in MAY_CHANGE and not key.startswith("config.media")
+        ]
+        if differing:
+            shown = "; ".join(f"{key} is {there.get(key)} there, {here.get(key)} here" for key in differing[:5])
+            more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
+            raise ValueError(f"workdir {workdir} belongs to another config: {shown}{more}. Choose another --workdir.")
+        if there == here:
+            return distributed.wait("workdir")
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise ValueError(f"workdir {workdir} is not empty and has no config.json: choose a new or empty --workdir")
+    if distributed.first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(values, indent=1) + "\n")
+    distributed.wait("workdir")
+
+
+def read_config(workdir) -> dict:
+    """The config that made a workdir; ValueError if there is none."""
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{workdir} is no training workdir: it has no config.json")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no config: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is no config: it holds no keys")
+    return values
+
+
+def open_manager(workdir, keep: int | None = None, asynchronous: bool = False) -> ocp.CheckpointManager:
+    """The checkpoints of a workdir; `keep` is how many stay when new ones are saved (None: all).
+
+    asynchronous: `save` returns when the arrays have been copied to the host's memory, and the manager, closed, waits
+    until they are written. A checkpoint is there when it is whole.
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=asynchronous)
+    return ocp.CheckpointManager(pathlib.Path(workdir).absolute() / "checkpoints", options=options)
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState, data) -> None:
+    """Save all of the state and the position of the data iterator at step state.step, if it is not there yet."""
+    step = int(state.step)
+    if step in manager.all_steps():
+        return
+    items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
+    manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(_encode(data.get_state()))))
+
+
+def restore(manager: ocp.CheckpointManager, abstract: TrainState, data) -> TrainState:
+    """The newest state, placed as the shardings of `abstract` say, and `data` moved to its position."""
+    step = manager.latest_step()
+    items = {name: ocp.args.StandardRestore(item) for name, item in _items(abstract).items()}
+    restored = manager.restore(step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
+    data.set_state(_decode(restored["data"]))
+    count = jax.device_put(np.asarray(step, abstract.step.dtype), abstract.step.sharding)
+    return abstract.replace(step=count, **{name: restored[name] for name in items})
+
+
+def restore_item(workdir, name: str, abstract, step: int | None = None):
+    """One field of the newest (or the given) checkpoint of a workdir, e.g. "ema"; ValueError if there is none."""
+    with _manager_of(workdir, step) as (manager, step):
+        return manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)}))[name]
+
+
+def write_params(workdir, values: dict, params) -> None:
+    """A new workdir of parameters that were not trained here: its config, and one checkpoint, of step 0, with "ema".
+
+    params are numpy arrays. The workdir is whole or not there; ValueError if there is something already.
+    """
+    # Orbax would copy all arrays first, and with OCDBT hold all that is written until the end: 16 GB for 6.
+    numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, numpy_handler), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
+    with new_folder(workdir) as folder:
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+        checkpoints = folder.absolute() / "checkpoints"
+        with ocp.CheckpointManager(checkpoints, options=options, item_handlers={"ema": handler}) as manager:
+            manager.save(0, args=ocp.args.Composite(ema=ocp.args.PyTreeSave(params, save_args=save_args)))
+        write_text(folder / "config.json", json.dumps(values, indent=1) + "\n")
+
+
+def params_of(workdir, name: str, step: int | None = None):
+    """(shapes and dtypes of the parameters, step) of "ema", "student" or "fake_score"; ValueError if there is none."""
+    with _manager_of(workdir, step) as (manager, step):
+        folder = manager.directory / str(step)
+    there = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if name not in there:
+        raise ValueError(f"the checkpoint of step {step} in {workdir} has no {name}; it has {', '.join(there)}")
+    tree = ocp.PyTreeCheckpointHandler().metadata(folder / name).tree
+    tree = tree if name == "ema" else tree["params"]  # of a learner
+    cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cpu), tree), step
+
+
+def restore_params(workdir, name: str, step: int | None = None):
+    """What `params_of` tells of, in the memory of the CPU."""
+    abstract, step = params_of(workdir, name, step)
+    abstract = abstract if name == "ema" else {"params": abstract}
+    folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    partial = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+    restored = ocp.PyTreeCheckpointHandler().restore(folder / name, args=partial)
+    return (restored if name == "ema" else restored["params"]), step
+
+
+@contextlib.contextmanager
+def _manager_of(workdir, step: int | None):
+    """(manager, step) of the checkpoints of a workdir, the newest step if None; ValueError if there is none."""
+    workdir = pathlib.Path(workdir)
+    if not (workdir / "checkpoints").is_dir():
+        raise ValueError(f"no checkpoint in {workdir}: it has no folder checkpoints")
+    with open_manager(workdir) as manager:
+        steps = sorted(manager.all_steps())
+        if not steps or (step is not None and step not in steps):
+            wanted = "any step" if step is None else f"step {step}"
+            raise ValueError(f"no checkpoint of {wanted} in {workdir}; steps there: {steps or 'none'}")
+        yield manager, steps[-1] if step is None else step
+
+
+def _items(state: TrainState) -> dict:
+    """The fields that are saved: the step is the checkpoint's own."""
+    return {name: item for name, item in vars(state).items() if item is not None and name != "step"}
+
+
+def _encode(position):
+    """grain gives a dict or, from worker processes, bytes."""
+    return {"bytes": position.hex()} if isinstance(position, bytes) else {"json": position}
+
+
+def _decode(encoded):
+    return bytes.fromhex(encoded["bytes"]) if "bytes" in encoded else encoded["json"]
+
+
+def abstract_like(tree, sharding):
+    """ShapeDtypeStructs of a tree with the shardings of a tree of the same structure (or one for all)."""
+    shardings = sharding if not isinstance(sharding, jax.sharding.Sharding) else jax.tree.map(lambda _: sharding, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

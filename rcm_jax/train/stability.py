@@ -1,0 +1,52 @@
+"""What to watch while a consistency model trains: see docs/stability.md for what a healthy run looks like."""
+
+import jax
+import jax.numpy as jnp
+
+from rcm_jax.method import trigflow
+from rcm_jax.method.denoiser import Velocities
+from rcm_jax.method.objectives.consistency import VELOCITIES, ScmConfig
+from rcm_jax.method.objectives.losses import jvp_derivative, sum_squares
+from rcm_jax.train.state import Teacher, TrainState
+
+BUCKETS = 4  # of equal width in t, from 0 to pi/2
+WATCHED = ("tangent_norm", "residual", "nonfinite")
+PROBED = (0.2, 0.6, 1.0, 1.4)  # times
+STEP = 2e-4  # of the central difference: Wan's time features turn by up to 1000 radians per unit of t
+
+
+def by_time(metrics: dict, t) -> dict:
+    """{name/t0 … t3: (sum, count)} of the watched metrics [b] in equal parts of [0, pi/2], for times t [b]."""
+    bucket = jnp.clip(jnp.floor(t / (jnp.pi / 2) * BUCKETS), 0, BUCKETS - 1)
+    inside = {f"t{k}": bucket == k for k in range(BUCKETS)}
+    return {
+        f"{name}/{part}": (jnp.sum(jnp.where(mask, metrics[name], 0.0)), jnp.sum(mask))
+        for name in WATCHED
+        if name in metrics
+        for part, mask in inside.items()
+    }
+
+
+def probe(config: ScmConfig, velocities: Velocities, state: TrainState, teacher: Teacher, batch, key) -> dict:
+    """{"probe/jvp_error/t=…": ‖jvp − difference‖/‖jvp‖} of the student's F along the PF-ODE, all [].
+
+    The difference is a central one, of second order. What is small and steady is well; what grows says that the
+    derivative, or the network's own smoothness in t, is going. For float32: in bfloat16 the difference is all rounding.
+    """
+    x0, cond = batch["x0"], batch["cond"]
+    eps = jax.random.normal(key, x0.shape)
+
+    def error(time):
+        t = jnp.full(x0.shape[:1], time)
+        x_t = trigflow.diffuse(x0, eps, t)
+        F_teacher = VELOCITIES[config.velocity](velocities, teacher, x0, eps, x_t, t, cond)
+        _, dF = jvp_derivative(velocities.student, state.student.params, x_t, t, cond, F_teacher)
+        later, earlier = (
+            velocities.student(state.student.params, trigflow.euler(x_t, F_teacher, t, u), u, cond)
+            for u in (t + STEP, t - STEP)
+        )
+        difference = jnp.cos(time) * jnp.sin(time) * (later - earlier) / (2 * jnp.sin(STEP))
+        return jnp.sqrt(jnp.sum(sum_squares(dF - difference)) / jnp.sum(sum_squares(dF)))
+
+    errors = jax.lax.map(error, jnp.array(PROBED))  # one after another: one body, one batch in memory
+    return {f"probe/jvp_error/t={time}": errors[i] for i, time in enumerate(PROBED)}

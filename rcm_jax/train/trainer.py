@@ -1,0 +1,217 @@
+"""The training loop of every method: state in, state out, resumable at any checkpoint to the last bit."""
+
+import contextlib
+import dataclasses
+import signal
+import sys
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from rcm_jax.parallel import distributed
+from rcm_jax.parallel.sharding import check_batch, has_host_memory, in_host_memory, state_sharding
+from rcm_jax.train import checkpoint
+from rcm_jax.train.metrics import Mean, MetricsWriter
+from rcm_jax.train.state import Learner, Teacher, TrainState
+from rcm_jax.train.steps import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long, how many at once, how often to tell and to save."""
+
+    steps: int
+    batch_size: int
+    log_every: int = 100
+    checkpoint_every: int = 1000
+    sample_every: int = 1000
+    keep: int = 2  # checkpoints kept
+    wandb: bool = False
+    accumulate: int = 1  # parts of a batch, one after another: as many times less memory for activations
+    offload: bool = False  # optimizer states lie in the memory of the hosts
+    asynchronous: bool = False  # checkpoints are written while training goes on
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "keep", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def check(self, mesh) -> None:
+        """ValueError where this cannot be done on these devices."""
+        check_batch(self.batch_size, mesh, self.accumulate)
+        if self.offload and not has_host_memory(mesh):
+            kind = mesh.devices.flat[0].device_kind
+            raise ValueError(f"train.offload: arrays of {kind} cannot lie in their host's memory: set it to False")
+
+
+class Interrupted(Exception):
+    """Training was asked to stop (SIGTERM, or SIGINT of a single process); everything up to `step` is saved."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped at step {step}; the same command goes on from there")
+        self.step = step
+
+
+def shardings_of(abstract_state: TrainState, mesh, offload: bool = False) -> TrainState:
+    """Where every leaf of a state lies, from its abstract, still boxed, values."""
+    shardings = state_sharding(abstract_state, mesh)
+    if not offload:
+        return shardings
+    learners = {name: value for name, value in vars(shardings).items() if isinstance(value, Learner)}
+    return shardings.replace(**{n: v.replace(opt_state=in_host_memory(v.opt_state)) for n, v in learners.items()})
+
+
+def place_state(method: Method, abstract_params, mesh, source, make_params=lambda params: params, offload=False):
+    """(state, shardings): method.init(make_params(source)) made in place, every leaf on its own devices at once.
+
+    abstract_params: jax.eval_shape of the network's init, boxed with logical axes. source: a key or parameters.
+    """
+    shardings = shardings_of(jax.eval_shape(method.init, abstract_params), mesh, offload)
+    state = jax.jit(lambda source: method.init(make_params(source)), out_shardings=shardings)(source)
+    return state, shardings
+
+
+def abstract_params(boxed, mesh):
+    """Shapes, dtypes and shardings of parameters from their boxed abstract values, as a restore wants them."""
+    return checkpoint.abstract_like(nn.meta.unbox(boxed), state_sharding(boxed, mesh))
+
+
+def fit(
+    method: Method,
+    state: TrainState,
+    shardings,
+    teacher: Teacher | None,
+    data,
+    *,
+    config: TrainConfig,
+    workdir,
+    mesh,
+    key,
+    label: str,
+    on_sample: Callable[[TrainState, int], None] | None = None,
+) -> TrainState:
+    """Train from the newest checkpoint of workdir, or from `state`, to config.steps; returns the last state.
+
+    state is donated. data is an iterator with get_state/set_state (rcm_jax.data.dataset.batches), of the local rows.
+    on_sample(state, step) is called every sample_every steps and at the end.
+    Raises Interrupted, after saving, if a signal asks to stop.
+    """
+    config.check(mesh)
+    compiled = compile_steps(method, shardings, key)
+    with checkpoint.open_manager(workdir, config.keep, config.asynchronous) as manager, _stop_requested() as stop:
+        if manager.latest_step() is not None:
+            abstract = checkpoint.abstract_like(state, shardings)
+            jax.tree.map(lambda leaf: leaf.delete(), state)  # two states of 14B parameters need not fit
+            state = checkpoint.restore(manager, abstract, data)
+        step, mean = int(state.step), Mean()
+        with _written(workdir, step, config.wandb) as write, _bar(label, step, config) as bar:
+            while step < config.steps:
+                batch = distributed.global_batch(next(data), config.batch_size, mesh)
+                state, metrics = compiled[method.phase(step)](state, teacher, batch)
+                step += 1
+                mean.add(metrics)
+                bar.update()
+                stopping = stop(step)
+                last = stopping or step == config.steps
+                if "probe" in compiled and step % config.sample_every == 0:
+                    mean.add(compiled["probe"](state, teacher, batch), steps=0)
+                if last or step % config.log_every == 0:
+                    count, values = mean.steps, mean.read()
+                    write(step, values)
+                    bar.set_postfix(_shown(values), refresh=False)
+                    _check_updates(values, step, count)
+                if last or step % config.checkpoint_every == 0:
+                    checkpoint.save(manager, state, data)
+                if on_sample and (last or step % config.sample_every == 0):
+                    on_sample(state, step)
+                if stopping:
+                    raise Interrupted(step)
+    return state
+
+
+def _bar(label, step, config) -> tqdm:
+    """Progress on the console: rate, losses, time left."""
+    often = 0.5 if sys.stderr.isatty() else 20  # seconds
+    silent = not distributed.first()
+    return tqdm(
+        total=config.steps, initial=step, desc=label, unit="step", dynamic_ncols=True, mininterval=often, disable=silent
+    )
+
+
+@contextlib.contextmanager
+def _written(workdir, step, wandb):
+    """What writes metrics, (step, values) -> None: in the first process alone."""
+    if not distributed.first():
+        yield lambda step, values: None
+        return
+    with contextlib.closing(MetricsWriter(workdir, step, wandb)) as writer:
+        yield writer.write
+
+
+def _check_updates(values: dict, step: int, count: int) -> None:
+    """ValueError if no update of some network was applied in the `count` steps that values are means of, 10 or more."""
+    dead = [name.split("/")[0] for name, value in values.items() if name.endswith("/skipped") and value == 1.0]
+    if dead and count >= 10:
+        raise ValueError(
+            f"the gradient of {dead[0]} was not finite in any update of the {count} steps to {step}: training has "
+            "diverged. The last checkpoint is whole; lower the learning rate, or look at metrics.jsonl for the cause."
+        )
+
+
+def compile_steps(method: Method, shardings, key) -> dict[str, Callable]:
+    """Each phase, jitted: (state, teacher, batch) -> (state, metrics). The state is donated; keys follow its step.
+
+    They are traced with the mesh of the shardings as JAX's context, whatever the caller's.
+
+    The method's probe, if it has one, is there as "probe": it returns metrics alone and leaves the state.
+    """
+
+    def compiled(step_fn, **options):
+        def run(state, teacher, batch):
+            with jax.sharding.use_abstract_mesh(shardings.step.mesh.abstract_mesh):
+                return step_fn(state, teacher, batch, jax.random.fold_in(key, state.step))
+
+        return jax.jit(run, **options)
+
+    moves = dict(donate_argnums=0, out_shardings=(shardings, None))
+    steps = {name: compiled(step_fn, **moves) for name, step_fn in method.steps.items()}
+    return steps | ({"probe": compiled(method.probe)} if method.probe else {})
+
+
+def _shown(values: dict) -> dict:
+    """The losses, for the console."""
+    return {name: f"{value:.3g}" for name, value in values.items() if name.endswith("/loss")} | {
+        name: f"{value:.3g}"
+        for name, value in values.items()
+        if name.endswith(("nonfinite", "skipped")) and (value > 0 or not np.isfinite(value))
+    }
+
+
+@contextlib.contextmanager
+def _stop_requested():
+    """step -> whether SIGINT or SIGTERM came; the second signal acts as usual.
+
+    Of several processes any may get SIGTERM, and all hear of it at the same step; JAX listens for it there.
+    """
+    if distributed.several():
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    seen = []
+    previous = {}
+
+    def handle(number, frame):
+        seen.append(number)
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # not in the main thread
+            previous[number] = signal.signal(number, handle)
+    try:
+        yield lambda step: bool(seen)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

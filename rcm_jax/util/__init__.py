@@ -1,0 +1,1 @@
+"""Small tools that know nothing of the method: configs from mappings, whole files, optional packages."""
