@@ -34,8 +34,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero, linear_call
+from jaxtyping import Array
 
 from . import blockwise, pallas_tpu, reference, triton
+from .reference import K, Q, Row
 
 
 class Implementation(NamedTuple):
@@ -63,7 +65,7 @@ KERNELS = {"gpu": "triton", "tpu": "pallas_tpu"}
 FASTEST: dict[str, str] = {}
 
 
-def flash_attention(q, k, v, *, scale=None, implementation="auto"):
+def flash_attention(q: Q, k: K, v: K, *, scale: float | None = None, implementation: str = "auto") -> Q:
     """softmax(Q Kᵀ·scale) V.
 
     Args:
@@ -114,7 +116,7 @@ def _log_choice(backend, asked, name):
     logging.getLogger(__name__).log(level, message, backend, name, asked, hint)
 
 
-def _check(q, k, v):
+def _check(q: Array, k: Array, v: Array):
     """Raises where q, k, v are not what flash_attention's docstring asks for."""
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if not q.ndim == k.ndim == v.ndim == 4:
@@ -137,7 +139,7 @@ def _check(q, k, v):
         raise ValueError(f"attention over nothing is undefined, got {shapes}: every axis must be at least 1 long")
 
 
-def _vary_alike(*arrays):
+def _vary_alike(*arrays: Array):
     """Inside shard_map, marks arrays as varying over every mesh axis that one of them varies over; else does nothing.
 
     JAX marks the operands of its own primitives so, and then sums cotangents over the added axes; the operands of a
@@ -149,7 +151,7 @@ def _vary_alike(*arrays):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _attend(implementation, scale, q, k, v):
+def _attend(implementation: Implementation, scale, q: Q, k: K, v: K) -> tuple[Q, Row]:
     """(o, lse), differentiable: lse has no tangent."""
     return implementation.forward(q, k, v, scale)
 
@@ -167,7 +169,7 @@ def _attend_jvp(implementation, scale, primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _push_forward(implementation, scale, residuals, tangents):
+def _push_forward(implementation: Implementation, scale, residuals, tangents) -> Q:
     """ȯ from residuals (q, k, v, o, lse) and tangents (dq, dk, dv), None for zero: linear in the tangents."""
     live = tuple(t is not None for t in tangents)
     return linear_call(

@@ -48,6 +48,7 @@ import jax.numpy as jnp
 
 from . import pallas_tpu, reference, triton
 from .attention import KERNELS, choices, flash_attention, resolve
+from .reference import K, Q
 from .workloads import REAL, WORKLOADS
 
 FORWARD, TANGENT, BACKWARD = "forward", "forward + tangent", "forward + backward"
@@ -62,14 +63,14 @@ MATMUL = ("matmul", "")
 
 
 class Program(NamedTuple):
-    """A compiled program with its arguments (None: it is not to be run)."""
+    """A compiled program with its arguments (none: it is not to be run)."""
 
     compiled: jax.stages.Compiled
-    args: tuple | None
+    args: list
 
     @property
     def temp_bytes(self):
-        return self.compiled.memory_analysis().temp_size_in_bytes
+        return self.compiled.memory_analysis().temp_size_in_bytes  # pyright: ignore[reportOptionalMemberAccess]
 
     def seconds(self, runs=1):
         """Wall time of one run, out of so many in a row."""
@@ -112,7 +113,7 @@ def sides(names, cross, device):
     return result
 
 
-def _fused(forward_tangent, cross, q, k, v, dq, dk, dv, g):
+def _fused(forward_tangent, cross, q: Q, k: K, v: K, dq: Q, dk: K | None, dv: K | None, g: Q) -> tuple[Q, Q]:
     if cross:
         dk = dv = None
     o, _, do = forward_tangent(q, k, v, dq, dk, dv, q.shape[-1] ** -0.5)
@@ -137,12 +138,12 @@ def compile_all(workload, dtype, names, device, run, matmul_size):
     """({(side, pass): Program}, {(side, pass): why it is left out}); with MATMUL among the programs if they `run`."""
     query = jax.ShapeDtypeStruct((workload.batch, workload.q_len, workload.heads, workload.head_dim), dtype)
     key = jax.ShapeDtypeStruct((workload.batch, workload.k_len, workload.heads, workload.head_dim), dtype)
-    shapes, args = (query, key, key, query, key, key, query), None
+    shapes, args = (query, key, key, query, key, key, query), []
     programs, left_out = {}, {}
     if run:
         square = jax.ShapeDtypeStruct((matmul_size, matmul_size), dtype)
         *args, x, y = (_normal(i, shape) for i, shape in enumerate((*shapes, square, square)))
-        programs[MATMUL] = Program(jax.jit(jnp.matmul).lower(x, y).compile(), (x, y))
+        programs[MATMUL] = Program(jax.jit(jnp.matmul).lower(x, y).compile(), [x, y])
     for side, functions in sides(names, workload.cross, device).items():
         for name, function in functions.items():
             reason = why_not(side, name, workload, device, run)

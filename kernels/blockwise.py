@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from .reference import compute_dtype
+from .reference import Gradients, K, Live, Q, Row, compute_dtype
 
 
 class Tiles(NamedTuple):
@@ -27,8 +28,8 @@ class Tiles(NamedTuple):
 TILES = Tiles(queries=512, keys=512)
 
 
-def forward(q, k, v, scale, *, tiles=TILES):
-    """O [b, l, n, d] in the dtype of q, and lse [b, n, l] in the dtype of the computation."""
+def forward(q: Q, k: K, v: K, scale, *, tiles=TILES) -> tuple[Q, Row]:
+    """O in the dtype of q, and lse in the dtype of the computation."""
     dtype = compute_dtype(q.dtype)
 
     def query_tile(_, q):
@@ -52,8 +53,8 @@ def forward(q, k, v, scale, *, tiles=TILES):
     return _merge(o, q), _merge_rows(lse, q)
 
 
-def tangent(q, k, v, o, lse, dq, dk, dv, scale, *, tiles=TILES):
-    """Ȯ [b, l, n, d] along (dq, dk, dv), each shaped like its primal or None for zero, whose products are left out."""
+def tangent(q: Q, k: K, v: K, o: Q, lse: Row, dq: Q | None, dk: K | None, dv: K | None, scale, *, tiles=TILES) -> Q:
+    """Ȯ along (dq, dk, dv), of which None stands for zero and costs nothing."""
     dtype = compute_dtype(q.dtype)
     moving_scores = dq is not None or dk is not None
 
@@ -77,17 +78,15 @@ def tangent(q, k, v, o, lse, dq, dk, dv, scale, *, tiles=TILES):
         (do, r), _ = _loop(key_tile, (jnp.zeros_like(q), jnp.zeros_like(q[..., :1])), keys)
         return None, do - r * o.astype(dtype)
 
-    keys = (*(_split(x, tiles.keys) for x in (k, v, dk, dv)), _bias(k, tiles.keys, dtype))
-    queries = (*(_split(x, tiles.queries) for x in (q, o, dq)), _split_rows(lse, tiles.queries))
+    # Under jax.tree.map a None stays None.
+    keys = (*jax.tree.map(lambda x: _split(x, tiles.keys), (k, v, dk, dv)), _bias(k, tiles.keys, dtype))
+    queries = (*jax.tree.map(lambda x: _split(x, tiles.queries), (q, o, dq)), _split_rows(lse, tiles.queries))
     _, do = _loop(query_tile, None, queries)
     return _merge(do, q)
 
 
-def backward(q, k, v, o, lse, g, live, scale, *, tiles=TILES):
-    """The transpose of `tangent`: from g [b, l, n, d], the cotangent of Ȯ, to those of (dq, dk, dv).
-
-    `live` holds three booleans; where one is False the tangent was None and so is the result.
-    """
+def backward(q: Q, k: K, v: K, o: Q, lse: Row, g: Q, live: Live, scale, *, tiles=TILES) -> Gradients:
+    """From g, the cotangent of Ȯ, to those of (dq, dk, dv), None where `live` is False: the transpose of `tangent`."""
     dtype = compute_dtype(q.dtype)
     live_q, live_k, live_v = live
 
@@ -113,14 +112,17 @@ def backward(q, k, v, o, lse, g, live, scale, *, tiles=TILES):
         return key_gradients, scale * dq if live_q else None
 
     keys = (_split(k, tiles.keys), _split(v, tiles.keys), _bias(k, tiles.keys, dtype))
-    zeros = tuple(jnp.zeros_like(keys[i], dtype=dtype) if alive else None for i, alive in enumerate((live_k, live_v)))
+    zeros = tuple(jnp.zeros_like(x, dtype) if alive else None for x, alive in zip(keys[:2], live[1:], strict=True))
     queries = (*(_split(x, tiles.queries) for x in (q, o, g)), _split_rows(lse, tiles.queries))
     (dk, dv), dq = _loop(query_tile, zeros, queries)
-    return _merge(dq, q), _merge(dk, k), _merge(dv, v)
+    dq, dk, dv = (None if x is None else _merge(x, like) for x, like in ((dq, q), (dk, k), (dv, v)))
+    return dq, dk, dv
 
 
-def _scores(x, y, bias=None):
-    """X Yᵀ of two tiles, [b, n, l, d] and [b, n, m, d] → [b, n, l, m], computed in the dtype of x."""
+def _scores(
+    x: Float[Array, "b n l d"], y: Float[Array, "b n m d"], bias: Float[Array, " m"] | None = None
+) -> Float[Array, "b n l m"]:
+    """X Yᵀ of two tiles, computed in the dtype of x."""
     s = x @ y.astype(x.dtype).mT
     return s if bias is None else s + bias
 
@@ -142,10 +144,8 @@ def _cut(length, most):
     return -(-length // size), size
 
 
-def _split(x, most):
-    """[b, l, n, d] → [tiles, b, n, tile, d], zeros in the tail of the last tile. None stays None."""
-    if x is None:
-        return None
+def _split(x: Float[Array, "b l n d"], most) -> Float[Array, "tiles b n tile d"]:
+    """Tiles of at most `most` tokens, zeros in the tail of the last."""
     b, l, n, d = x.shape
     count, size = _cut(l, most)
     if count * size > l:
@@ -153,27 +153,24 @@ def _split(x, most):
     return x.reshape(b, count, size, n, d).transpose(1, 0, 3, 2, 4)
 
 
-def _merge(x, like):
+def _merge(x: Float[Array, "tiles b n tile d"], like) -> Float[Array, "b l n d"]:
     """The inverse of `_split`, in the shape and dtype of the array `like`."""
-    if x is None:
-        return None
     b, l, n, d = like.shape
     return x.transpose(1, 0, 3, 2, 4).reshape(b, -1, n, d)[:, :l].astype(like.dtype)
 
 
-def _split_rows(x, most):
-    """[b, n, l] → [tiles, b, n, tile, 1]."""
+def _split_rows(x: Row, most) -> Float[Array, "tiles b n tile 1"]:
     return _split(x.swapaxes(1, 2)[..., None], most)
 
 
-def _merge_rows(x, q):
+def _merge_rows(x: Float[Array, "tiles b n tile 1"], q: Q) -> Row:
     """The inverse of `_split_rows`."""
     b, l, n, _ = q.shape
     return _merge(x, jax.ShapeDtypeStruct((b, l, n, 1), x.dtype))[..., 0].swapaxes(1, 2)
 
 
-def _bias(k, most, dtype):
-    """[tiles, tile]: 0 for a key, −inf for the padding behind the last; None where there is no padding."""
+def _bias(k: K, most, dtype) -> Float[Array, "tiles tile"] | None:
+    """0 for a key, −inf for the padding behind the last; None where there is no padding."""
     count, size = _cut(k.shape[1], most)
     if count * size == k.shape[1]:
         return None

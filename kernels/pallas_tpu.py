@@ -30,6 +30,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from .reference import Gradients, K, Live, Q, Row
+
 DTYPES = ("bfloat16", "float32")
 MAX_FEATURES = 256
 LOG2_E = math.log2(math.e)
@@ -54,15 +56,17 @@ TILES = {
 }
 
 
-def forward(q, k, v, scale, *, interpret=None, tiles=None):
-    """O [b, l, n, d] in the dtype of q, and lse [b, n, l] in float32."""
+def forward(q: Q, k: K, v: K, scale, *, interpret=None, tiles=None) -> tuple[Q, Row]:
+    """O in the dtype of q, and lse in float32."""
     plan = _plan("forward", q, k, scale, tiles)
     scratch = {"top": plan.row, "total": plan.row, "o": plan.turned}
     out = _launch(_online_kernel, plan, {"q": q, "k": k, "v": v}, ("o", "lse"), scratch, 2, interpret)
     return out["o"], out["lse"]
 
 
-def forward_tangent(q, k, v, dq, dk, dv, scale, *, interpret=None, tiles=None):
+def forward_tangent(
+    q: Q, k: K, v: K, dq: Q | None, dk: K | None, dv: K | None, scale, *, interpret=None, tiles=None
+) -> tuple[Q, Row, Q]:
     """(O, lse, Ȯ) in one pass over the keys: `forward` and `tangent`, with two products less."""
     if dq is None and dk is None and dv is None:
         return *forward(q, k, v, scale, interpret=interpret, tiles=tiles), jnp.zeros_like(q)
@@ -75,8 +79,10 @@ def forward_tangent(q, k, v, dq, dk, dv, scale, *, interpret=None, tiles=None):
     return out["o"], out["lse"], out["do"]
 
 
-def tangent(q, k, v, o, lse, dq, dk, dv, scale, *, interpret=None, tiles=None):
-    """Ȯ [b, l, n, d] along (dq, dk, dv), each shaped like its primal or None for zero, whose products are left out."""
+def tangent(
+    q: Q, k: K, v: K, o: Q, lse: Row, dq: Q | None, dk: K | None, dv: K | None, scale, *, interpret=None, tiles=None
+) -> Q:
+    """Ȯ along (dq, dk, dv), of which None stands for zero and costs nothing."""
     if dq is None and dk is None and dv is None:
         return jnp.zeros_like(q)
     plan = _plan("tangent", q, k, scale, tiles)
@@ -88,11 +94,8 @@ def tangent(q, k, v, o, lse, dq, dk, dv, scale, *, interpret=None, tiles=None):
     return _launch(_tangent_kernel, plan, inputs, ("do",), scratch, products, interpret)["do"]
 
 
-def backward(q, k, v, o, lse, g, live, scale, *, interpret=None, tiles=None):
-    """The transpose of `tangent`: from g [b, l, n, d], the cotangent of Ȯ, to those of (dq, dk, dv).
-
-    `live` holds three booleans; where one is False the tangent was None and so is the result.
-    """
+def backward(q: Q, k: K, v: K, o: Q, lse: Row, g: Q, live: Live, scale, *, interpret=None, tiles=None) -> Gradients:
+    """From g, the cotangent of Ȯ, to those of (dq, dk, dv), None where `live` is False: the transpose of `tangent`."""
     live_q, live_k, live_v = live
     inputs = {"q": q, "k": k, "g": g, "lse": lse}
     moving_scores = {}
@@ -109,7 +112,7 @@ def backward(q, k, v, o, lse, g, live, scale, *, interpret=None, tiles=None):
     if live_q:
         plan = _plan("queries", q, k, scale, tiles)
         out |= _launch(_queries_kernel, plan, inputs | moving_scores, ("dq",), {"dq": plan.turned}, 3, interpret)
-    return tuple(out.get(name) for name in ("dq", "dk", "dv"))
+    return out.get("dq"), out.get("dk"), out.get("dv")
 
 
 def _online_kernel(plan, refs, out, acc):

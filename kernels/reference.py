@@ -6,15 +6,22 @@ and, with H = P∘Ṡ and Ṡ = (Q̇ Kᵀ + Q K̇ᵀ)·scale, the tangent (the r
 
     Ȯ = P V̇ + H V − rowsum(H)∘O.
 
-Every array of tokens is [b, l, n, d]: batch, tokens, heads, features; Q may have another number of tokens than K and V.
 Everything is computed in float32 at least (float64 inputs stay float64) and O, Ȯ and the gradients are returned in the
-dtype of the inputs; lse [b, n, l] is kept in the dtype of the computation.
+dtype of the inputs; lse is kept in the dtype of the computation.
 
-These functions hold whole [b, n, l, m] arrays (l queries, m keys) and are here to be read and compared with.
+Axes are b batch, l queries, m keys, n heads, d features. These functions hold whole [b, n, l, m] arrays and are here to
+be read and compared with.
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Q = Float[Array, "b l n d"]  # and what is shaped like it: O, Ȯ, their cotangents, dQ
+K = Float[Array, "b m n d"]  # and V
+Row = Float[Array, "b n l"]  # a number for each query
+Live = tuple[bool, bool, bool]  # whether Q, K and V move
+Gradients = tuple[Q | None, K | None, K | None]  # of Q, K and V, None where they do not move
 
 
 def compute_dtype(dtype):
@@ -22,37 +29,37 @@ def compute_dtype(dtype):
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _product(equation, x, y):
+def _product(equation, x: Array, y: Array) -> Array:
     """einsum in the dtype of the computation, without the reduced precision that accelerators default to."""
     dtype = compute_dtype(jnp.result_type(x, y))
     return jnp.einsum(equation, x.astype(dtype), y.astype(dtype), precision=jax.lax.Precision.HIGHEST)
 
 
-def _scores(q, k, scale):
+def _scores(q: Q, k: K, scale) -> Float[Array, "b n l m"]:
     return scale * _product("blnd,bmnd->bnlm", q, k)
 
 
-def _per_query(x):
-    """[b, n, l] → [b, l, n, 1], to stand beside O."""
+def _per_query(x: Row) -> Float[Array, "b l n 1"]:
+    """To stand beside O."""
     return jnp.swapaxes(x, 1, 2)[..., None]
 
 
-def attention(q, k, v, scale=None):
-    """softmax(Q Kᵀ·scale) V, [b, l, n, d], in the dtype of q; scale is d**-0.5 if None. For JAX to differentiate."""
+def attention(q: Q, k: K, v: K, scale=None) -> Q:
+    """softmax(Q Kᵀ·scale) V in the dtype of q; scale is d**-0.5 if None. For JAX to differentiate."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _product("bnlm,bmnd->blnd", jax.nn.softmax(_scores(q, k, scale), axis=-1), v).astype(q.dtype)
 
 
-def forward(q, k, v, scale):
-    """O [b, l, n, d] in the dtype of q, and lse [b, n, l] in the dtype of the computation."""
+def forward(q: Q, k: K, v: K, scale) -> tuple[Q, Row]:
+    """O in the dtype of q, and lse in the dtype of the computation."""
     s = _scores(q, k, scale)
     lse = jax.nn.logsumexp(s, axis=-1)
     p = jnp.exp(s - lse[..., None])
     return _product("bnlm,bmnd->blnd", p, v).astype(q.dtype), lse
 
 
-def tangent(q, k, v, o, lse, dq, dk, dv, scale):
-    """Ȯ [b, l, n, d] along (dq, dk, dv), each shaped like its primal or None for zero, whose products are left out."""
+def tangent(q: Q, k: K, v: K, o: Q, lse: Row, dq: Q | None, dk: K | None, dv: K | None, scale) -> Q:
+    """Ȯ along (dq, dk, dv), of which None stands for zero and costs nothing."""
     p = jnp.exp(_scores(q, k, scale) - lse[..., None])
     do = jnp.zeros(o.shape, lse.dtype)
     if dv is not None:
@@ -63,11 +70,8 @@ def tangent(q, k, v, o, lse, dq, dk, dv, scale):
     return do.astype(q.dtype)
 
 
-def backward(q, k, v, o, lse, g, live, scale):
-    """The transpose of `tangent`: from g [b, l, n, d], the cotangent of Ȯ, to those of (dq, dk, dv).
-
-    `live` holds three booleans; where one is False the tangent was None and so is the result.
-    """
+def backward(q: Q, k: K, v: K, o: Q, lse: Row, g: Q, live: Live, scale) -> Gradients:
+    """From g, the cotangent of Ȯ, to those of (dq, dk, dv), None where `live` is False: the transpose of `tangent`."""
     live_q, live_k, live_v = live
     dq = dk = dv = None
     p = jnp.exp(_scores(q, k, scale) - lse[..., None])

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .reference import Gradients, K, Live, Q, Row
+
 INSTALL = "pip install 'rcm-jax[triton]'"
 INSTEAD = 'choose implementation="blockwise"'
 DTYPES = ("bfloat16", "float16", "float32")
@@ -99,12 +101,14 @@ OTHERS = {(2, 256): Config(32, 32, 8, 1), (4, 64): Config(32, 32, 8, 1), (4, 256
 DELTA = Config(64, 64, 4, 1)
 
 
-def forward(q, k, v, scale, *, launch=None):
-    """O [b, l, n, d] in the dtype of q, and lse [b, n, l] float32."""
+def forward(q: Q, k: K, v: K, scale, *, launch=None) -> tuple[Q, Row]:
+    """O in the dtype of q, and lse in float32."""
     return _forward(q, k, v, (None, None, None), scale, launch)[:2]
 
 
-def forward_tangent(q, k, v, dq, dk, dv, scale, *, launch=None):
+def forward_tangent(
+    q: Q, k: K, v: K, dq: Q | None, dk: K | None, dv: K | None, scale, *, launch=None
+) -> tuple[Q, Row, Q]:
     """(O, lse, Ȯ) in one pass: `forward`, and `tangent` along (dq, dk, dv), of which None costs nothing."""
     return _forward(q, k, v, (dq, dk, dv), scale, launch)
 
@@ -118,8 +122,8 @@ def _forward(q, k, v, tangents, scale, launch):
     return (launch or on_gpu)(Launch("forward", arrays, outputs, "queries", q.shape[1], sizes | moves))
 
 
-def tangent(q, k, v, o, lse, dq, dk, dv, scale, *, launch=None):
-    """Ȯ [b, l, n, d] along (dq, dk, dv), each shaped like its primal or None for zero, whose products are left out."""
+def tangent(q: Q, k: K, v: K, o: Q, lse: Row, dq: Q | None, dk: K | None, dv: K | None, scale, *, launch=None) -> Q:
+    """Ȯ along (dq, dk, dv), of which None stands for zero and costs nothing."""
     tangents = (dq, dk, dv)
     arrays = (q, k, v, o, lse, *_stand_ins(tangents, (q, k, v)))
     constants = _sizes(q, k, scale) | _moves(tangents)
@@ -127,11 +131,8 @@ def tangent(q, k, v, o, lse, dq, dk, dv, scale, *, launch=None):
     return do
 
 
-def backward(q, k, v, o, lse, g, live, scale, *, launch=None):
-    """The transpose of `tangent`: from g [b, l, n, d], the cotangent of Ȯ, to those of (dq, dk, dv).
-
-    `live` holds three booleans; where one is False the tangent was None and so is the result.
-    """
+def backward(q: Q, k: K, v: K, o: Q, lse: Row, g: Q, live: Live, scale, *, launch=None) -> Gradients:
+    """From g, the cotangent of Ȯ, to those of (dq, dk, dv), None where `live` is False: the transpose of `tangent`."""
     launch = launch or on_gpu
     sizes = _sizes(q, k, scale)
     live_q, live_k, live_v = live
@@ -215,7 +216,7 @@ def _fused(launch):
     return any(launch.constants[f"MOVES_{name}"] for name in "QKV")
 
 
-TARGET = contextvars.ContextVar("compute capability", default=None)
+TARGET = contextvars.ContextVar[int | None]("compute capability", default=None)
 
 
 @contextlib.contextmanager

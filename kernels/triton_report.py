@@ -12,7 +12,7 @@ import argparse
 import re
 import subprocess
 import tempfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -21,6 +21,7 @@ from .workloads import WORKLOADS
 
 SHARED_KIB = {"sm80": 99, "sm90": 227}  # the most that one program may have, 163 on an A100
 COLUMNS = ("registers", "spills", "shared", "wgmma")
+Shape: Any = jax.ShapeDtypeStruct  # stands for an array: launches look at nothing else
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 # What is compiled for every head size: {row of the table: (self-attention?, live tangents or gradients)}.
 CASES = {
@@ -49,10 +50,10 @@ def launches(workload, dtype):
     text = WORKLOADS[f"{workload.name}_cross"]
     result = {}
     for name, (alone, live) in CASES.items():
-        query = jax.ShapeDtypeStruct((workload.batch, workload.q_len, workload.heads, workload.head_dim), dtype)
+        query = Shape((workload.batch, workload.q_len, workload.heads, workload.head_dim), dtype)
         length = workload.k_len if alone else text.k_len
-        key = jax.ShapeDtypeStruct((workload.batch, length, workload.heads, workload.head_dim), dtype)
-        lse = jax.ShapeDtypeStruct((workload.batch, workload.heads, workload.q_len), "float32")
+        key = Shape((workload.batch, length, workload.heads, workload.head_dim), dtype)
+        lse = Shape((workload.batch, workload.heads, workload.q_len), "float32")
         tangents = [x if alive else None for x, alive in zip((query, key, key), live or [False] * 3, strict=True)]
         recorded = []
 
@@ -61,9 +62,9 @@ def launches(workload, dtype):
             return launch.outputs
 
         if name.startswith("forward"):
-            attention.forward_tangent(query, key, key, *tangents, 0.1, launch=record)
+            attention.forward_tangent(query, key, key, *tangents, scale=0.1, launch=record)
         elif name.startswith("tangent"):
-            attention.tangent(query, key, key, query, lse, *tangents, 0.1, launch=record)
+            attention.tangent(query, key, key, query, lse, *tangents, scale=0.1, launch=record)
         else:
             attention.backward(query, key, key, query, lse, query, live, 0.1, launch=record)
         result.update({launch.kernel if name == "backward" else name: launch for launch in recorded})
@@ -72,7 +73,7 @@ def launches(workload, dtype):
 
 def compile_launch(name, launch, capability, config=None):
     """The Row of a launch compiled for a compute capability, in its own configuration or another."""
-    import triton
+    import triton.knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -105,7 +106,7 @@ def assemble(ptx, capability):
         command = [get_ptxas(capability).path, "-v", f"--gpu-name={arch}", file.name, "-o", "/dev/null"]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = sum(int(x) for x in re.findall(r"(\d+) bytes spill", log))
-    return int(re.search(r"Used (\d+) registers", log)[1]), spills
+    return int(re.findall(r"Used (\d+) registers", log)[0]), spills
 
 
 def report(capability, workload, dtype):

@@ -5,6 +5,4 @@ In a checkout they are the folder kernels/ at its top, which may import nothing 
 
 import pathlib
 
-_top = pathlib.Path(__file__).resolve().parents[2] / "kernels"
-if _top.is_dir() and not (pathlib.Path(__file__).parent / "attention.py").exists():
-    __path__ = [str(_top)]
+__path__ = [str(pathlib.Path(__file__).resolve().parents[2] / "kernels")]

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import triton
 import triton.language as tl
-from rcm_jax.kernels.triton import Config
 from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
 from rcm_jax.kernels import triton_kernels
+from rcm_jax.kernels.triton import Config
 
 # Small tiles, so that the loops run and the tails are ragged, of sizes that cannot be mistaken for one another.
 SMALL = Config(queries=16, keys=32, warps=4, stages=1)

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from rcm_jax.kernels.attention import flash_attention
-from rcm_jax.kernels.workloads import WORKLOADS
 
 from rcm_jax.kernels import attention, bench, blockwise, pallas_tpu
+from rcm_jax.kernels.attention import flash_attention
+from rcm_jax.kernels.workloads import WORKLOADS
 
 # Relative to the largest entry. bfloat16 has 8 bits: o, and o as a residual of the derivatives, are rounded to 2⁻⁹.
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 1.5e-2}
@@ -429,7 +429,7 @@ class TestLoggedChoice:
             assert all((record.levelname == "WARNING") == ("ask for" in record.message) for record in caplog.records)
             return caplog.messages
 
-        caplog.set_level(logging.INFO, "kernels.attention")
+        caplog.set_level(logging.INFO, attention.__name__)
         attention._log_choice.cache_clear()
         yield run
         attention._log_choice.cache_clear()

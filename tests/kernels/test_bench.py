@@ -6,9 +6,9 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from rcm_jax.kernels.workloads import REAL, WORKLOADS, Workload
 
 from rcm_jax.kernels import attention, bench
+from rcm_jax.kernels.workloads import REAL, WORKLOADS, Workload
 from tests import tiny
 
 # The claims do not depend on XLA's optimisations, and compiling takes half the time without them.

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rcm_jax.kernels import pallas_tpu, reference
 from rcm_jax.kernels.attention import flash_attention
 from rcm_jax.kernels.pallas_tpu import Tiles
 from rcm_jax.kernels.workloads import WORKLOADS
-
-from rcm_jax.kernels import pallas_tpu, reference
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1.5e-2}  # relative to the largest entry
 SCALE = 0.2

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from rcm_jax.kernels.attention import flash_attention
-from rcm_jax.kernels.workloads import WORKLOADS
 
 from rcm_jax.kernels import triton, triton_report
+from rcm_jax.kernels.attention import flash_attention
+from rcm_jax.kernels.workloads import WORKLOADS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1.5e-2, "float16": 2e-3}  # relative to the largest entry

@@ -31,12 +31,12 @@ SHAPES = {  # b, queries, keys, n, d; tiles have 16 queries and 32 keys
     "one_key": (1, 17, 1, 1, 16),
     "padded_features": (1, 17, 33, 2, 80),
     "few_features": (1, 17, 33, 2, 5),
-    "most_features": (1, 17, 33, 1, 256),
+    "most_features": (1, 17, 33, 1, 256),  # scaled below, or logits of 18 lose what float32 has to lose
 }
 CASES = [(shape, "float32") for shape in SHAPES]
 CASES += [(shape, dtype) for shape in ("ragged", "cross") for dtype in ("bfloat16", "float16")]
 SUBSETS = list(itertools.product((True, False), repeat=3))
-SCALE = 0.3
+SCALE, SCALE_OF_MOST = 0.3, 256**-0.5  # at 0.3 plain float32 is off by 4e-6 there, in whatever order a CPU adds
 
 forward, forward_tangent, tangent, backward = (
     functools.partial(f, launch=interpreted.run)
@@ -66,28 +66,33 @@ def arrays(shape, dtype="float32"):
     return (q, k, v), tuple(directions), g
 
 
+def scale_of(shape) -> float:
+    return SCALE_OF_MOST if shape == "most_features" else SCALE
+
+
 @functools.cache
 def expected(shape, dtype, live=(True, True, True)):
     """(o, lse), ȯ or None, and the gradients along live tangents."""
+    scale = scale_of(shape)
     primals, directions, g = arrays(shape, dtype)
     with jax.enable_x64(True):
         q, k, v, g = map(exact, (*primals, g))
-        o, lse = reference.forward(q, k, v, SCALE)
+        o, lse = reference.forward(q, k, v, scale)
         moving = [exact(x) if alive else None for x, alive in zip(directions, live, strict=True)]
-        do = reference.tangent(q, k, v, o, lse, *moving, SCALE) if any(live) else None
-        return (o, lse), do, reference.backward(q, k, v, o, lse, g, live, SCALE)
+        do = reference.tangent(q, k, v, o, lse, *moving, scale) if any(live) else None
+        return (o, lse), do, reference.backward(q, k, v, o, lse, g, live, scale)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_everything(shape, dtype):
-    primals, directions, g = arrays(shape, dtype)
+    (primals, directions, g), scale = arrays(shape, dtype), scale_of(shape)
     (o, lse), do, gradients = expected(shape, dtype)
-    residuals = (*primals, *forward(*primals, SCALE))
+    residuals = (*primals, *forward(*primals, scale))
     results = (
         *residuals[3:],
-        tangent(*residuals, *directions, SCALE),
-        *backward(*residuals, g, (True, True, True), SCALE),
-        *forward_tangent(*primals, *directions, SCALE),
+        tangent(*residuals, *directions, scale),
+        *backward(*residuals, g, (True, True, True), scale),
+        *forward_tangent(*primals, *directions, scale),
     )
     assert [str(x.dtype) for x in results] == [dtype, "float32", *[dtype] * 5, "float32", dtype]
     close(results, (o, lse, do, *gradients, o, lse, do), TOLERANCE[dtype])
