@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from rcm_jax.method import trigflow
+from rcm_jax.method.trigflow import Batch, Times
 
-Velocity = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
+Velocity = Callable[[Any, Batch, Times, Any], Batch]
 
 
 class Velocities(NamedTuple):
@@ -49,8 +50,8 @@ def from_edm(net, time_scale: float = 0.25, sigma_data: float = 1.0) -> Velocity
 PARAMETRIZATIONS = {"trigflow": from_trigflow, "rectified_flow": from_rectified_flow, "edm": from_edm}
 
 
-def denoise(F: Velocity, params, x, t, cond):
-    """(2) f(x, t) = c·x − s·F(x, t): the predicted clean sample [b, ...]."""
+def denoise(F: Velocity, params, x: Batch, t: Times, cond) -> Batch:
+    """(2) f(x, t) = c·x − s·F(x, t): the predicted clean sample."""
     return trigflow.denoise(x, F(params, x, t, cond), t)
 
 

@@ -7,26 +7,27 @@ import jax
 import jax.numpy as jnp
 
 from rcm_jax.method import denoiser, trigflow
+from rcm_jax.method.trigflow import Array, Batch
 
 
-def random_times(key, distribution, max_steps: int, batch: int):
+def random_times(key, distribution, max_steps: int, batch: int) -> Array:
     """[max_steps, b] times: pi/2, then t_{n+1} = min(draw of p_D, t_n)."""
     draws = distribution.sample(key, (max_steps - 1, batch))
     return non_increasing(draws)
 
 
-def fixed_times(mid_times, batch: int):
+def fixed_times(mid_times, batch: int) -> Array:
     """[1 + len(mid_times), b] times: pi/2, then the given mid times."""
     return non_increasing(jnp.broadcast_to(jnp.asarray(mid_times, jnp.float32)[:, None], (len(mid_times), batch)))
 
 
-def non_increasing(draws):
+def non_increasing(draws: Array) -> Array:
     """Put pi/2 before draws [n, b] and take running minima: [n + 1, b]."""
     first = jnp.full_like(draws, jnp.pi / 2, shape=(1, *draws.shape[1:]))
     return jax.lax.cummin(jnp.concatenate([first, draws]), axis=0)
 
 
-def rollout(F: denoiser.Velocity, params, noise, times, n, cond):
+def rollout(F: denoiser.Velocity, params, noise: Array, times: Array, n, cond) -> Batch:
     """n student steps from pure noise; only the last one carries a gradient.
 
     noise [max_steps, b, ...]: noise[0] is x at pi/2, noise[k] what is added back before step k.

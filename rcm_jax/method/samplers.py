@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rcm_jax.method import denoiser, trigflow
+from rcm_jax.method.trigflow import Array, Batch
 
 
-def unit_noise(key, sample_ids, shape):
+def unit_noise(key, sample_ids, shape) -> Batch:
     """Unit noise [len(sample_ids), *shape], one key per sample: the same for any batch size or device count."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(sample_ids, jnp.uint32))
     return jax.vmap(lambda sample_key: jax.random.normal(sample_key, shape))(keys)
@@ -23,7 +24,7 @@ def student_times(sigma_max: float, mid_times) -> np.ndarray:
     return times
 
 
-def few_step(F: denoiser.Velocity, params, noise, times, cond):
+def few_step(F: denoiser.Velocity, params, noise: Array, times, cond) -> Batch:
     """Few-step sampling (rCM, algorithm 2): x ← cos(t')·f(x, t) + sin(t')·noise.
 
     noise [k, b, ...], times [k] decreasing from arctan(sigma_max); returns x0 [b, ...].
@@ -54,7 +55,7 @@ def ode_times(steps: int, sigma_max: float, shift: float) -> np.ndarray:
     return np.arctan2(shift * u, 1 - u).astype(np.float32)
 
 
-def euler(F: denoiser.Velocity, params, noise, times, cond):
+def euler(F: denoiser.Velocity, params, noise: Batch, times, cond) -> Batch:
     """Euler (DDIM) solution of the PF-ODE: noise [b, ...] at times[0], down times [steps + 1]; returns x [b, ...]."""
     batch = noise.shape[0]
 
@@ -104,7 +105,7 @@ def unipc_coefficients(times) -> np.ndarray:
     return np.concatenate([np.vstack([[1, 0, 0, 0], correct[:-1]]), predict], axis=1)
 
 
-def unipc(F: denoiser.Velocity, params, noise, times, cond):
+def unipc(F: denoiser.Velocity, params, noise: Batch, times, cond) -> Batch:
     """UniPC (arXiv 2302.04867) solution of the PF-ODE: order 2, B2(h), data prediction, one call per step.
 
     noise [b, ...] at times[0], down times [steps + 1], which are concrete and may begin at pi/2 and end at 0; returns x

@@ -8,50 +8,53 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 Array = jax.Array
+Batch = Float[Array, "b ..."]  # samples, noise, velocities
+Times = Float[Array, " b"]  # or any other number for each sample
 
 
-def expand(t, x):
+def expand(t: Array, x: Array) -> Array:
     """t [b] -> [b, 1, ..., 1] with as many axes as x [b, ...]."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
 
-def diffuse(x0, eps, t):
-    """(1) x_t = c·x0 + s·eps: clean x0 [b, ...] and unit noise eps [b, ...] at times t [b]."""
+def diffuse(x0: Batch, eps: Batch, t: Times) -> Batch:
+    """(1) x_t = c·x0 + s·eps: clean x0 and unit noise eps at times t."""
     t = expand(t, x0)
     return jnp.cos(t) * x0 + jnp.sin(t) * eps
 
 
-def velocity(x0, eps, t):
-    """The derivative of (1) in t: c·eps − s·x0, the regression target of F."""
+def target(x0: Batch, eps: Batch, t: Times) -> Batch:
+    """The derivative of (1) in t: c·eps − s·x0, what F is regressed on."""
     t = expand(t, x0)
     return jnp.cos(t) * eps - jnp.sin(t) * x0
 
 
-def denoise(x, F, t):
-    """(2) f(x, t) = c·x − s·F: the clean sample that F [b, ...] predicts at x [b, ...], t [b]."""
+def denoise(x: Batch, F: Batch, t: Times) -> Batch:
+    """(2) f(x, t) = c·x − s·F: the clean sample that F predicts at x, t."""
     t = expand(t, x)
     return jnp.cos(t) * x - jnp.sin(t) * F
 
 
-def euler(x, F, t, u):
-    """(2) One Euler (DDIM) step of the PF-ODE dx/dt = F, exact for constant F along the circle: t [b] -> u [b]."""
+def euler(x: Batch, F: Batch, t: Times, u: Times) -> Batch:
+    """(2) One Euler (DDIM) step of the PF-ODE dx/dt = F, exact for constant F along the circle: t -> u."""
     h = expand(u - t, x)
     return jnp.cos(h) * x + jnp.sin(h) * F
 
 
-def rectified_flow_time(t):
+def rectified_flow_time(t: Array) -> Array:
     """(3) tau = s/(c+s), the rectified-flow time of equal signal-to-noise ratio."""
     return jnp.sin(t) / (jnp.cos(t) + jnp.sin(t))
 
 
-def to_rectified_flow(x, t):
-    """(3) (x_rf, tau) of equal signal-to-noise ratio: x_rf = x/(c+s) [b, ...], tau = s/(c+s) [b]."""
+def to_rectified_flow(x: Batch, t: Times) -> tuple[Batch, Times]:
+    """(3) (x_rf, tau) of equal signal-to-noise ratio: x_rf = x/(c+s), tau = s/(c+s)."""
     return x / expand(jnp.cos(t) + jnp.sin(t), x), rectified_flow_time(t)
 
 
-def from_rectified_flow(x, v, t):
+def from_rectified_flow(x: Batch, v: Batch, t: Times) -> Batch:
     """(3) F = ((c−s)·x + v)/(c+s) from the rectified-flow velocity v = eps − x0; well conditioned for every t."""
     t = expand(t, x)
     c, s = jnp.cos(t), jnp.sin(t)
@@ -87,3 +90,12 @@ class ShiftedUniform:
     def from_uniform(self, u) -> Array:
         """Times at the uniforms u in [0, 1]; u = 1 gives exactly pi/2 (no 1/(1−u))."""
         return jnp.arctan2(self.shift * u, 1 - u)
+
+
+TimeDistribution = LogNormal | ShiftedUniform
+TIMES = {"log_normal": LogNormal, "shifted_uniform": ShiftedUniform}
+
+
+def one_of_times(default: TimeDistribution):
+    """A field of a config: a distribution of times, by its name in TIMES."""
+    return dataclasses.field(default=default, metadata={"kinds": TIMES})

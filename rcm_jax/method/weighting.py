@@ -7,6 +7,8 @@ where the loss ‖·‖²·e^w/D is the plain one, whatever the dimension D.
 import jax.numpy as jnp
 import numpy as np
 
+from rcm_jax.method.trigflow import Times
+
 FREQUENCIES = 2.0 ** np.arange(0, 4, 0.25)  # per radian
 
 
@@ -15,8 +17,13 @@ def init() -> dict:
     return {"kernel": jnp.zeros(2 * len(FREQUENCIES)), "bias": jnp.zeros(())}
 
 
-def log_weight(params, t, size: int):
+def log_weight(params, t: Times, size: int) -> Times:
     """w [b] at times t [b], for D = size numbers in a sample."""
     angles = t[:, None] * FREQUENCIES
     features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     return np.log(size) + features @ params["kernel"] + params["bias"]
+
+
+def adaptive(loss: Times, log_weight: Times, size: int) -> Times:
+    """e^w/D·loss − w [b]: the loss weighted, for D = size numbers in a sample."""
+    return jnp.exp(log_weight) / size * loss - log_weight

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 
 from rcm_jax import convert
 from rcm_jax.method import denoiser, trigflow
-from rcm_jax.method.objectives import losses
-from rcm_jax.method.objectives.consistency import DcmConfig
+from rcm_jax.method.objectives import DcmConfig, dcm, diffusion, dmd, scm
+from rcm_jax.method.objectives.common import sum_squares
 from rcm_jax.method.rollout import non_increasing, rollout
 from rcm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from rcm_jax.train.state import make_learner
@@ -134,7 +134,7 @@ def teacher_program(dtype, guidance):
 def scm_program(dtype, derivative):
     """(x_t, t, F_teacher, r) -> (arrays under the reference's names, metrics, gradients of 100·sum(loss)).
 
-    F and its derivative are those that losses.scm itself computes.
+    F and its derivative are those that scm.loss itself computes.
     """
     nets = golden_distillation(dtype)
     form = dict(warmup_form="code", derivative=derivative)
@@ -142,19 +142,19 @@ def scm_program(dtype, derivative):
     @jax.jit
     def program(x_t, t, F_T, r):
         def total(params):
-            with mock.patch.object(losses, "tangent", wraps=losses.tangent) as tangent:
-                loss, metrics = losses.scm(nets.F, params, x_t, t, nets.cond, F_T, r=r, **form)
+            with mock.patch.object(scm, "tangent", wraps=scm.tangent) as tangent:
+                loss, metrics = scm.loss(nets.F, params, x_t, t, nets.cond, F_T, r=r, **form)
             _, _, F, dF, _ = tangent.call_args.args
             arrays = {"F_theta": F, "t_F_theta": dF, "loss_per_sample": 100 * loss}
             return 100 * jnp.sum(loss), (arrays, metrics)
 
         grads, (arrays, metrics) = jax.grad(total, has_aux=True)(nets.student)
         F, dF = arrays["F_theta"], arrays["t_F_theta"]
-        g = losses.tangent(x_t, t, F, dF, F_T, r=r, warmup_form="code")
+        g = scm.tangent(x_t, t, F, dF, F_T, r=r, warmup_form="code")
         arrays |= {
             "x0_theta": trigflow.denoise(x_t, F, t),
             "g_raw": g,
-            "g_normalised": g / trigflow.expand(jnp.sqrt(losses.sum_squares(g)) + 0.1, g),
+            "g_normalised": g / trigflow.expand(jnp.sqrt(sum_squares(g)) + 0.1, g),
         }
         return arrays, metrics, grads
 
@@ -267,7 +267,7 @@ def dcm_program(dtype, guidance):
                 x.append(state)
                 return guided(nets.teacher, state, t, conds)
 
-            loss, _ = losses.dcm(F, params, x_t, times, nets.cond, teacher)
+            loss, _ = dcm.loss(F, params, x_t, times, nets.cond, teacher)
             return 100 * jnp.sum(loss), (100 * loss, {"x": jnp.stack(x), "x0": jnp.stack(x0[::-1])})
 
         grads, (loss, states) = jax.grad(total, has_aux=True)(nets.student)
@@ -371,7 +371,7 @@ def dmd_program(dtype):
     def program(noise, times, n, x_t, t, F_T, F_fake):
         def total(params):
             x0 = rollout(nets.F, params, noise, times, n, nets.cond)
-            loss, metrics = losses.dmd(x0, x_t, t, F_T, F_fake)
+            loss, metrics = dmd.loss(x0, x_t, t, F_T, F_fake)
             return jnp.sum(loss), {"G_x0": x0, "loss_per_sample": loss, "weight_factor": metrics["weight"]}
 
         grads, arrays = jax.grad(total, has_aux=True)(nets.student)
@@ -388,7 +388,7 @@ def critic_program(dtype):
     @jax.jit
     def program(x0, x_t, t, eps):
         def total(params):
-            loss, _ = losses.diffusion(nets.F(params, x_t, t, nets.cond), x0, eps, t)
+            loss = diffusion.loss(nets.F(params, x_t, t, nets.cond), x0, eps, t)
             return jnp.sum(loss), loss
 
         grads, loss = jax.grad(total, has_aux=True)(nets.fake_score)

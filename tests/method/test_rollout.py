@@ -1,5 +1,7 @@
 """Backward simulation: one program for every length, gradient through the last step, recorded draws."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,7 +105,8 @@ def test_recorded_uniforms_give_the_recorded_times(golden):
     data = np.load(golden / "rcm_losses/backward_simulation.npz")
     with x64():
         u = jnp.asarray(draws["step_uniform_u"][..., 0], jnp.float64)
-        times = np.asarray(non_increasing(trigflow.ShiftedUniform(5.0).from_uniform(u)))
+        shift = json.loads((golden / "rcm_losses/meta.json").read_text())["p_D"]["shift"]
+        times = np.asarray(non_increasing(trigflow.ShiftedUniform(shift).from_uniform(u)))
     assert recorded_cases(data, "random")
     for n in recorded_cases(data, "random"):
         recorded = data[f"random_n{n}_t_traj"]  # [b, n + 1], with the final 0

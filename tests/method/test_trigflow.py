@@ -147,7 +147,7 @@ def test_denoising_with_the_true_velocity_gives_back_the_clean_sample(x0, eps, t
     with x64():
         x0, eps, t = (jnp.full((1,), v) for v in (x0, eps, t))
         x_t = trigflow.diffuse(x0, eps, t)
-        np.testing.assert_allclose(trigflow.denoise(x_t, trigflow.velocity(x0, eps, t), t), x0, atol=1e-14)
+        np.testing.assert_allclose(trigflow.denoise(x_t, trigflow.target(x0, eps, t), t), x0, atol=1e-14)
 
 
 @given(values, values, times)
@@ -156,7 +156,7 @@ def test_velocity_is_the_time_derivative_of_diffuse(x0, eps, t):
     with x64():
         x0, eps, t = (jnp.full((1,), v) for v in (x0, eps, t))
         derivative = jax.jvp(lambda t: trigflow.diffuse(x0, eps, t), (t,), (jnp.ones(1),))[1]
-        np.testing.assert_allclose(trigflow.velocity(x0, eps, t), derivative, atol=1e-14)
+        np.testing.assert_allclose(trigflow.target(x0, eps, t), derivative, atol=1e-14)
 
 
 @given(values, values, times, times)
@@ -165,7 +165,7 @@ def test_euler_stays_on_the_circle_for_any_step(x0, eps, t, u):
     """With the true velocity of one pair (x0, eps), a step of any length is exact, and u = 0 is the denoiser."""
     with x64():
         x0, eps, t, u = (jnp.full((1,), v) for v in (x0, eps, t, u))
-        x_t, F = trigflow.diffuse(x0, eps, t), trigflow.velocity(x0, eps, t)
+        x_t, F = trigflow.diffuse(x0, eps, t), trigflow.target(x0, eps, t)
         np.testing.assert_allclose(trigflow.euler(x_t, F, t, u), trigflow.diffuse(x0, eps, u), atol=2e-14)
         np.testing.assert_allclose(trigflow.euler(x_t, F, t, 0 * t), trigflow.denoise(x_t, F, t), atol=1e-14)
 

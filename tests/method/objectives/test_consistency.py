@@ -10,8 +10,8 @@ import pytest
 
 from rcm_jax.data import mixture
 from rcm_jax.method import denoiser, trigflow, weighting
-from rcm_jax.method.objectives import losses
-from rcm_jax.method.objectives.consistency import DcmConfig, ScmConfig
+from rcm_jax.method.objectives import DcmConfig, ScmConfig, dcm, scm
+from rcm_jax.method.objectives.common import sum_squares
 from rcm_jax.models.mlp import MLP, MLPConfig
 from tests import tiny
 from tests.tiny import relative
@@ -49,7 +49,7 @@ def scm_gradient(derivative):
 
     @jax.jit
     def gradient(params):
-        return jax.grad(lambda p: jnp.sum(losses.scm(F, p, x_t, t, cond, F_T, r=1.0, derivative=derivative)[0]))(params)
+        return jax.grad(lambda p: jnp.sum(scm.loss(F, p, x_t, t, cond, F_T, r=1.0, derivative=derivative)[0]))(params)
 
     return flat(gradient(params))
 
@@ -63,7 +63,7 @@ def test_finite_differences_give_the_gradient_of_the_jvp_to_their_own_error(deri
     """The error is of first order in the step: a hundredth of the step has a hundredth of the error."""
     with tiny.x64():
         found = relative(scm_gradient(derivative), scm_gradient("jvp"))
-        monkeypatch.setattr(losses, "STEP", losses.STEP / 100)
+        monkeypatch.setattr(scm, "STEP", scm.STEP / 100)
         finer = relative(scm_gradient.__wrapped__(derivative), scm_gradient("jvp"))
     assert finer < found < 3e-3
     np.testing.assert_allclose(finer, found / 100, rtol=0.05)
@@ -74,22 +74,22 @@ def test_dcm_converges_to_the_gradient_of_scm_as_its_steps_shrink():
     with tiny.x64():
         F, params, x_t, t, cond, F_T = problem()
         c, s = jnp.cos(t), jnp.sin(t)
-        F_fixed, dF = losses.jvp_derivative(F, params, x_t, t, cond, F_T)
-        g = losses.tangent(x_t, t, F_fixed, dF, F_T, r=1.0, warmup_form="paper")
+        F_fixed, dF = scm.jvp_derivative(F, params, x_t, t, cond, F_T)
+        g = scm.tangent(x_t, t, F_fixed, dF, F_T, r=1.0, warmup_form="paper")
 
         @jax.jit
-        def scm(params):
-            return jax.grad(lambda p: jnp.sum(losses.sum_squares(F(p, x_t, t, cond) - F_fixed - g) / c))(params)
+        def scm_limit(params):
+            return jax.grad(lambda p: jnp.sum(sum_squares(F(p, x_t, t, cond) - F_fixed - g) / c))(params)
 
         @jax.jit
-        def dcm(params, h):
+        def dcm_gradient(params, h):
             def total(p):
-                return jnp.sum(losses.dcm(F, p, x_t, jnp.stack([t, t - h]), cond, teacher_F)[0] / (h * s))
+                return jnp.sum(dcm.loss(F, p, x_t, jnp.stack([t, t - h]), cond, teacher_F)[0] / (h * s))
 
             return jax.grad(total)(params)
 
-        limit = flat(scm(params))
-        errors = [relative(flat(dcm(params, h)), limit) for h in (1e-2, 1e-3, 1e-4)]
+        limit = flat(scm_limit(params))
+        errors = [relative(flat(dcm_gradient(params, h)), limit) for h in (1e-2, 1e-3, 1e-4)]
     assert errors[0] < 0.2
     np.testing.assert_allclose(np.divide(errors[1:], errors[:-1]), 0.1, rtol=0.1)
 
@@ -113,8 +113,8 @@ def test_dcm_walks_the_teachers_ode():
         for steps in (8, 80):
             times = jnp.linspace(t, u, steps + 1)
             velocity = jax.jit(lambda x, t: mixture.velocity(one, x, t, jnp.zeros(BATCH, int)))
-            loss, _ = losses.dcm(F, None, x_t, times, None, velocity)
-            gap = jnp.sqrt(losses.sum_squares(x_t - exact))  # f(x_t) = x_t against the walk's end
+            loss, _ = dcm.loss(F, None, x_t, times, None, velocity)
+            gap = jnp.sqrt(sum_squares(x_t - exact))  # f(x_t) = x_t against the walk's end
             errors.append(np.max(np.abs(jnp.sqrt(loss) - gap)))
     assert errors[0] < 0.05
     np.testing.assert_allclose(errors[1], errors[0] / 10, rtol=0.2)  # Euler: first order
@@ -134,17 +134,17 @@ def test_the_grid_of_dcm_is_that_many_steps_of_shifted_time():
 def test_clipping_limits_each_number_and_normalising_the_whole():
     g = jnp.array([[3.0, -4.0], [0.03, 0.04]])
     norm = jnp.array([[5.0], [0.05]])
-    np.testing.assert_allclose(losses.LIMITS["clip"](g, norm), [[1.0, -1.0], [0.03, 0.04]])
-    np.testing.assert_allclose(losses.LIMITS["norm"](g, norm), [[3 / 5.1, -4 / 5.1], [0.2, 0.04 / 0.15]], rtol=1e-6)
+    np.testing.assert_allclose(scm.LIMITS["clip"](g, norm), [[1.0, -1.0], [0.03, 0.04]])
+    np.testing.assert_allclose(scm.LIMITS["norm"](g, norm), [[3 / 5.1, -4 / 5.1], [0.2, 0.04 / 0.15]], rtol=1e-6)
 
 
 def test_adaptive_weighting_is_least_where_the_weighted_loss_is_the_dimension():
     """d/dw (e^w/D·L − w) = 0 at e^w = D/L: there every time counts alike."""
     loss = jnp.array([0.1, 1.0, 30.0])
     w = jnp.log(4 / loss)
-    slope = jax.grad(lambda w: jnp.sum(losses.adaptive(loss, w, 4)))(w)
+    slope = jax.grad(lambda w: jnp.sum(weighting.adaptive(loss, w, 4)))(w)
     np.testing.assert_allclose(slope, 0.0, atol=1e-6)
-    np.testing.assert_allclose(losses.adaptive(loss, jnp.zeros(3), 4), loss / 4)
+    np.testing.assert_allclose(weighting.adaptive(loss, jnp.zeros(3), 4), loss / 4)
 
 
 def test_the_adaptive_weight_starts_where_the_loss_is_the_plain_one_and_can_tell_times_apart():
@@ -162,7 +162,7 @@ def test_the_adaptive_weight_starts_where_the_loss_is_the_plain_one_and_can_tell
             lambda: ScmConfig(trigflow.LogNormal(0, 1), derivative="jpv"),
             "derivative 'jpv' is none of jvp, semi, discrete",
         ),
-        (lambda: ScmConfig(trigflow.LogNormal(0, 1), velocity="none"), "velocity 'none' is none of teacher, data"),
+        (lambda: ScmConfig(trigflow.LogNormal(0, 1), follows="none"), "follows 'none' is none of teacher, data"),
         (lambda: ScmConfig(trigflow.LogNormal(0, 1), limit="cut"), "limit 'cut' is none of norm, clip, none"),
         (lambda: ScmConfig(trigflow.LogNormal(0, 1), scale=0.0), "scale 0.0 must be above 0"),
         (lambda: DcmConfig(steps=4, skip=5), "skip 5 must be at least 1 and below steps, 4"),

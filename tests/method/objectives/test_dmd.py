@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcm_jax.method.objectives import dmd
+from rcm_jax.method.denoiser import Velocities
+from rcm_jax.method.objectives import Given
 from tests import tiny
 
 BATCH = {"x0": jnp.zeros((4, 2)), "cond": {}}
@@ -18,7 +19,8 @@ def last_times(config, count, key=0):
         return jnp.full_like(x, -params[:, None])
 
     def total(params):
-        return jnp.sum(dmd.draw_rollout(config, F, params, BATCH, jax.random.key(key), count)) / 2
+        given = Given(Velocities(F, F, F), params, None, None, BATCH, None, count=count)
+        return jnp.sum(config.rollout(given, jax.random.key(key))) / 2
 
     return np.arcsin(jax.grad(total)(jnp.zeros(4)))
 

@@ -1,12 +1,15 @@
 """The losses: recorded values of the reference without its networks, and float64 oracles."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rcm_jax.method import trigflow
-from rcm_jax.method.objectives import losses
+from rcm_jax.method.objectives import diffusion, dmd, scm
+from rcm_jax.method.objectives.common import sum_squares
 from tests import tiny
 from tests.tiny import cases, columns, relative, stem, x64
 
@@ -20,10 +23,10 @@ STORED_FLOAT32 = 1e-6
 def test_losses_return_one_number_a_sample():
     F, params = tiny.dit()
     x, t, cond = tiny.inputs()
+    assert diffusion.loss(x, x, 2 * x, t).shape == (tiny.BATCH,)
     for loss, metrics in (
-        losses.diffusion(x, x, 2 * x, t),
-        jax.eval_shape(lambda: losses.scm(F, params, x, t, cond, 0.5 * x, r=1.0)),
-        losses.dmd(x, x, t, 0.5 * x, 0.3 * x),
+        jax.eval_shape(lambda: scm.loss(F, params, x, t, cond, 0.5 * x, r=1.0)),
+        dmd.loss(x, x, t, 0.5 * x, 0.3 * x),
     ):
         assert loss.shape == (tiny.BATCH,)
         assert {m.shape for m in metrics.values()} == {(tiny.BATCH,)}
@@ -37,6 +40,11 @@ def forms(path):
     return ("paper", "code") if warmup_of(path) == 1.0 else ("code",)
 
 
+def recorded_settings(golden) -> dict:
+    """The constants of the recorded runs."""
+    return json.loads((golden / "rcm_losses/meta.json").read_text())
+
+
 def warmup_of(path) -> float:
     return float(path.stem.split("warmup")[1].split("_")[0])
 
@@ -48,7 +56,7 @@ def test_scm_tangent_is_that_of_the_reference_before_and_after_normalisation(pat
     data = np.load(path)
     with x64():
         for form in forms(path):
-            g = losses.tangent(
+            g = scm.tangent(
                 jnp.asarray(data["xt"]),
                 columns(data["time"]),
                 jnp.asarray(data["F_theta"]),
@@ -57,7 +65,7 @@ def test_scm_tangent_is_that_of_the_reference_before_and_after_normalisation(pat
                 r=warmup_of(path),
                 warmup_form=form,
             )
-            norm = jnp.sqrt(losses.sum_squares(g))
+            norm = jnp.sqrt(sum_squares(g))
             assert relative(g, data["g_raw"]) < FORMULA
             assert relative(g / (trigflow.expand(norm, g) + 0.1), data["g_normalised"]) < FORMULA
 
@@ -78,7 +86,7 @@ def test_scm_loss_of_a_network_with_the_recorded_value_and_derivative_is_the_rec
         args = jnp.asarray(data["xt"]), t, None, jnp.asarray(data["F_teacher"])
 
         def total(params):
-            loss, _ = losses.scm(F, params, *args, r=warmup_of(path), warmup_form="code")
+            loss, _ = scm.loss(F, params, *args, r=warmup_of(path), warmup_form="code")
             return jnp.sum(loss), loss
 
         gradient, loss = jax.grad(total, has_aux=True)(jnp.asarray(data["F_theta"]))
@@ -93,7 +101,8 @@ def test_recorded_scm_times_are_the_log_normal_of_the_recorded_draws(path, golde
     draws = np.load(golden / "rcm_losses/inputs.npz")
     data = np.load(path)
     with x64():
-        t = trigflow.LogNormal(-0.8, 1.6).from_normal(jnp.asarray(draws["scm_time_normal_z"], jnp.float64))
+        p_G = trigflow.LogNormal(*recorded_settings(golden)["p_G"].values())
+        t = p_G.from_normal(jnp.asarray(draws["scm_time_normal_z"], jnp.float64))
         x_t = trigflow.diffuse(jnp.asarray(draws["x0"], jnp.float64), jnp.asarray(draws["scm_epsilon"]), t[:, 0])
     np.testing.assert_allclose(t, data["time"], rtol=0, atol=FORMULA)
     assert relative(x_t, data["xt"]) < FORMULA
@@ -102,10 +111,10 @@ def test_recorded_scm_times_are_the_log_normal_of_the_recorded_draws(path, golde
 def test_warmup_forms_differ_below_r_1_and_an_unknown_one_is_named():
     x, t, _ = tiny.inputs()
     args = x, t, 0.5 * x, 0.3 * x, 0.1 * x
-    paper, code = (losses.tangent(*args, r=0.3, warmup_form=form) for form in ("paper", "code"))
+    paper, code = (scm.tangent(*args, r=0.3, warmup_form=form) for form in ("paper", "code"))
     np.testing.assert_allclose(code - paper, -0.7 * 0.3 * x, rtol=1e-4, atol=1e-5)  # float32 cancellation
     with pytest.raises(ValueError, match="'mine' is none of paper, code"):
-        losses.tangent(*args, r=0.3, warmup_form="mine")
+        scm.tangent(*args, r=0.3, warmup_form="mine")
 
 
 # --- sCM, oracle
@@ -151,12 +160,12 @@ DIFFERENCES = 1e-8
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("form", losses.WARMUP_FORMS)
+@pytest.mark.parametrize("form", scm.WARMUP_FORMS)
 @pytest.mark.parametrize("r", [0.0, 0.3, 1.0])
 def test_scm_agrees_with_equations_4_to_6_by_finite_differences(problem, r, form):
     target, norm = numpy_target(problem, r, form)
     with x64():
-        loss, metrics = losses.scm(analytic, *map(as_jax, problem), r=r, warmup_form=form)
+        loss, metrics = scm.loss(analytic, *map(as_jax, problem), r=r, warmup_form=form)
     np.testing.assert_allclose(loss, np.sum((numpy_analytic(*problem[:4]) - target) ** 2, 1), atol=DIFFERENCES)
     np.testing.assert_allclose(metrics["tangent_norm"], norm, atol=DIFFERENCES)
     gap = np.linalg.norm(numpy_analytic(*problem[:4]) - problem[4], axis=1)
@@ -166,13 +175,13 @@ def test_scm_agrees_with_equations_4_to_6_by_finite_differences(problem, r, form
     np.testing.assert_array_equal(metrics["nonfinite"], 0)
 
 
-@pytest.mark.parametrize("form", losses.WARMUP_FORMS)
+@pytest.mark.parametrize("form", scm.WARMUP_FORMS)
 @pytest.mark.parametrize("r", [0.3, 1.0])
 def test_scm_gradient_is_that_of_the_loss_with_a_frozen_target(problem, r, form):
     target, _ = numpy_target(problem, r, form)
     with x64():
         params, *rest = map(as_jax, problem)
-        ours = jax.grad(lambda p: jnp.sum(losses.scm(analytic, p, *rest, r=r, warmup_form=form)[0]))(params)
+        ours = jax.grad(lambda p: jnp.sum(scm.loss(analytic, p, *rest, r=r, warmup_form=form)[0]))(params)
         x, t, cond, _ = rest
         frozen = jax.grad(lambda p: jnp.sum((analytic(p, x, t, cond) - target) ** 2))(params)
     for a, b in zip(ours, frozen, strict=True):
@@ -186,8 +195,8 @@ def as_jax(x):
 def test_scm_warmup_ratio_may_be_traced(problem):
     with x64():
         args = list(map(as_jax, problem))
-        traced = jax.jit(lambda r: losses.scm(analytic, *args, r=r)[0])(0.3)
-        np.testing.assert_allclose(traced, losses.scm(analytic, *args, r=0.3)[0], rtol=1e-12)
+        traced = jax.jit(lambda r: scm.loss(analytic, *args, r=r)[0])(0.3)
+        np.testing.assert_allclose(traced, scm.loss(analytic, *args, r=0.3)[0], rtol=1e-12)
 
 
 def test_scm_is_finite_in_float32_at_both_ends_of_time():
@@ -197,10 +206,10 @@ def test_scm_is_finite_in_float32_at_both_ends_of_time():
 
     @jax.jit
     @jax.value_and_grad
-    def scm(params):
-        return jnp.sum(losses.scm(F, params, x, t, cond, 0.1 * x, r=1.0)[0])
+    def total(params):
+        return jnp.sum(scm.loss(F, params, x, t, cond, 0.1 * x, r=1.0)[0])
 
-    value, gradient = scm(params)
+    value, gradient = total(params)
     assert np.isfinite(value)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
 
@@ -213,7 +222,7 @@ def test_a_sample_with_a_nan_tangent_contributes_nothing_to_loss_or_gradient(pro
         broken = F_T.at[2, 0].set(jnp.nan)
 
         def total(params, F_T, keep):
-            loss, metrics = losses.scm(analytic, params, x, t, cond, F_T, r=1.0)
+            loss, metrics = scm.loss(analytic, params, x, t, cond, F_T, r=1.0)
             return jnp.sum(jnp.where(keep, loss, 0.0)), (loss, metrics)
 
         others = jnp.arange(5) != 2
@@ -231,7 +240,7 @@ def test_a_sample_with_a_nan_tangent_contributes_nothing_to_loss_or_gradient(pro
 def test_a_sample_whose_velocity_is_nan_has_loss_0_and_is_counted(problem):
     with x64():
         params, x, t, cond, F_T = map(as_jax, problem)
-        loss, metrics = losses.scm(analytic, params, x.at[1].set(jnp.nan), t, cond, F_T, r=1.0)
+        loss, metrics = scm.loss(analytic, params, x.at[1].set(jnp.nan), t, cond, F_T, r=1.0)
     np.testing.assert_array_equal(metrics["nonfinite"], [0, 1, 0, 0, 0])
     loss = np.asarray(loss)
     assert loss[1] == 0
@@ -260,7 +269,7 @@ def kernel_calls(monkeypatch, function):
 def scm_gradient():
     F, params = tiny.dit()
     x, t, cond = tiny.inputs()
-    return jax.grad(lambda p: jnp.sum(losses.scm(F, p, x, t, cond, 0.1 * x, r=0.5)[0]))(params)
+    return jax.grad(lambda p: jnp.sum(scm.loss(F, p, x, t, cond, 0.1 * x, r=0.5)[0]))(params)
 
 
 def plain_gradient():
@@ -283,7 +292,7 @@ def test_dmd_weight_gradient_and_loss_are_those_of_the_reference(path):
         teacher, fake = (to_velocity(x_t, data[f"x0_theta_{name}"], t) for name in ("teacher", "fake"))
 
         def total(x0):
-            loss, metrics = losses.dmd(x0, x_t, t, teacher, fake)
+            loss, metrics = dmd.loss(x0, x_t, t, teacher, fake)
             return jnp.sum(loss), (loss, metrics)
 
         gradient, (loss, metrics) = jax.grad(total, has_aux=True)(x0)
@@ -300,8 +309,9 @@ def test_critic_loss_is_that_of_the_reference(path, golden):
         t, x0, eps = columns(data["D_time"]), *(jnp.asarray(a, jnp.float64) for a in (data["G_x0"], draws["D_epsilon"]))
         x_t = jnp.asarray(data["D_xt"])
         diffused = trigflow.diffuse(x0, eps, t)
-        loss, _ = losses.diffusion(to_velocity(x_t, data["x0_theta_fake"], t), x0, eps, t)
-        drawn = trigflow.ShiftedUniform(5.0).from_uniform(jnp.asarray(draws["D_uniform_u"][:, 0], jnp.float64))
+        loss = diffusion.loss(to_velocity(x_t, data["x0_theta_fake"], t), x0, eps, t)
+        p_D = trigflow.ShiftedUniform(recorded_settings(golden)["p_D"]["shift"])
+        drawn = p_D.from_uniform(jnp.asarray(draws["D_uniform_u"][:, 0], jnp.float64))
     assert relative(diffused, data["D_xt"]) < STORED_FLOAT32
     assert relative(drawn, t) < FORMULA
     # ‖F − v‖² = ‖x0 − f‖²/s²: at the smallest time, s = 0.19, roundings of x0 grow by 1/s.
@@ -318,11 +328,11 @@ def test_dmd_weight_has_a_floor_and_carries_no_gradient():
     x = jnp.ones((2, 3))
     t = jnp.asarray([0.3, 1.2])
     F_T = jnp.stack([(jnp.cos(s) * x[0] - x[0]) / jnp.sin(s) for s in t])  # f_T = x exactly, up to rounding
-    loss, metrics = losses.dmd(x, x, t, F_T, F_T)
+    loss, metrics = dmd.loss(x, x, t, F_T, F_T)
     np.testing.assert_allclose(metrics["weight"], 1e-5, rtol=1e-5)
     np.testing.assert_array_equal(loss, 0)
     F_fake = F_T + 0.1
-    gradient = jax.grad(lambda x0: jnp.sum(losses.dmd(x0, x, t, F_T, F_fake)[0]))(2 * x)
+    gradient = jax.grad(lambda x0: jnp.sum(dmd.loss(x0, x, t, F_T, F_fake)[0]))(2 * x)
     f_gap = -jnp.sin(t)[:, None] * 0.1 * x  # f_fake − f_T
     np.testing.assert_allclose(gradient, 2 * f_gap / 1.0, rtol=1e-4)  # w = mean|2x − x| = 1
 
@@ -333,5 +343,5 @@ def test_diffusion_loss_is_the_division_by_sine_of_the_official_critic():
         x0, eps, t = (jnp.asarray(a, jnp.float64) for a in (x, 0.3 * x[::-1], t))
         x_t = trigflow.diffuse(x0, eps, t)
         F = 0.7 * x_t
-        official = losses.sum_squares(x0 - trigflow.denoise(x_t, F, t)) / jnp.sin(t) ** 2
-        np.testing.assert_allclose(losses.diffusion(F, x0, eps, t)[0], official, rtol=1e-11)
+        official = sum_squares(x0 - trigflow.denoise(x_t, F, t)) / jnp.sin(t) ** 2
+        np.testing.assert_allclose(diffusion.loss(F, x0, eps, t), official, rtol=1e-11)

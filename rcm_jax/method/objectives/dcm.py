@@ -1,0 +1,61 @@
+"""Consistency in discrete time, between points of the teacher's trajectory: the forward divergence without a jvp."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+from rcm_jax.method import denoiser, trigflow
+from rcm_jax.method.denoiser import Velocity
+from rcm_jax.method.keys import named_keys
+from rcm_jax.method.objectives.common import Given, Objective, Term, check_scale, sum_squares
+from rcm_jax.method.trigflow import Array, Batch, Times
+
+
+@dataclasses.dataclass(frozen=True)
+class DcmConfig(Objective):
+    """The student's x0 at t against its own after `skip` of `steps` teacher steps."""
+
+    steps: int = 48
+    skip: int = 1
+    shift: float = 5.0  # of the grid, uniform in rectified-flow time before the shift
+    scale: float = 100.0
+
+    label = "dCM"
+
+    def __post_init__(self):
+        if not 1 <= self.skip < self.steps:
+            raise ValueError(f"skip {self.skip} must be at least 1 and below steps, {self.steps}")
+        check_scale(self.scale)
+
+    def times(self, u: Times) -> Array:
+        """[skip + 1, b] falling times, a step of the grid apart, from u, uniform in [0, 1): they start anywhere."""
+        k = jnp.arange(self.skip + 1)[:, None]
+        return trigflow.ShiftedUniform(self.shift).from_uniform(1 - u * (1 - self.skip / self.steps) - k / self.steps)
+
+    def term(self, given: Given) -> Term:
+        """The loss on the batch."""
+        keys = named_keys(given.key, "time", "noise")
+        x0 = given.batch["x0"]
+        times = self.times(jax.random.uniform(keys["time"], x0.shape[:1]))
+        x_t = trigflow.diffuse(x0, jax.random.normal(keys["noise"], x0.shape), times[0])
+        values, metrics = loss(given.F.student, given.student, x_t, times, given.batch["cond"], given.teacher_F)
+        return Term(values, metrics, times[0])
+
+
+def loss(F: Velocity, params, x_t: Batch, times: Array, cond, teacher_F) -> tuple[Times, dict[str, Times]]:
+    """‖f(x_t, times[0]) − sg[f(x_u, times[-1])]‖², x_u by Euler steps of the teacher, and metrics [b].
+
+    x_t at times[0]; times [k, b] decreasing; teacher_F(x, t) -> [b, ...], guided. The steps are straight in t,
+    x − (t − u)·F_T, as in the official code, not along the circle of (2): they agree as the interval shrinks.
+    """
+    x = x_t
+    for t, u in itertools.pairwise(times):
+        x = x - trigflow.expand(t - u, x) * teacher_F(x, t)
+    target = denoiser.denoise(F, stop_gradient(params), x, times[-1], cond)
+    values = sum_squares(denoiser.denoise(F, params, x_t, times[0], cond) - stop_gradient(target))
+    finite = jnp.isfinite(values)
+    values = jnp.where(finite, values, 0.0)
+    return values, {"loss": values, "nonfinite": 1.0 - finite}

@@ -1,0 +1,150 @@
+"""Consistency in continuous time (sCM, arXiv 2410.11081; rCM, arXiv 2510.08431), the forward divergence."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+from rcm_jax.method import trigflow
+from rcm_jax.method.denoiser import Velocity
+from rcm_jax.method.keys import named_keys
+from rcm_jax.method.objectives.common import Given, Objective, Term, check_known, check_scale, sum_squares
+from rcm_jax.method.trigflow import Batch, Times
+
+STEP = 1e-4  # h of the finite differences, in t
+
+
+@dataclasses.dataclass(frozen=True)
+class ScmConfig(Objective):
+    """sCM if it follows the teacher, sCT if it follows the data."""
+
+    time: trigflow.TimeDistribution = trigflow.one_of_times(trigflow.LogNormal(-0.8, 1.6))  # p_G
+    scale: float = 100.0
+    follows: str = "teacher"  # whose dx/dt is in (4) and (5); FOLLOWED
+    derivative: str = "jvp"  # of F along dx/dt; DERIVATIVES
+    warmup_form: str = "paper"  # where r stands in (5); WARMUP_FORMS
+    limit: str = "norm"  # what keeps the tangent small; LIMITS
+
+    has_tangent = True
+
+    def __post_init__(self):
+        check_known(self, follows=FOLLOWED, derivative=DERIVATIVES, warmup_form=WARMUP_FORMS, limit=LIMITS)
+        check_scale(self.scale)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.follows == "teacher"
+
+    @property
+    def label(self) -> str:
+        return "sCM" if self.needs_teacher else "sCT"
+
+    def direction(self, given: Given, x0, eps, x_t, t):
+        """dx/dt at x_t: what (4) goes along, and F_T of (5)."""
+        return FOLLOWED[self.follows](given, x0, eps, x_t, t)
+
+    def term(self, given: Given) -> Term:
+        """(4)–(6) on the batch, at times of p_G."""
+        keys = named_keys(given.key, "time", "noise")
+        x0, cond = given.batch["x0"], given.batch["cond"]
+        t = self.time.sample(keys["time"], x0.shape[:1])
+        eps = jax.random.normal(keys["noise"], x0.shape)
+        x_t = trigflow.diffuse(x0, eps, t)
+        F_T = self.direction(given, x0, eps, x_t, t)
+        values, metrics = loss(
+            given.F.student, given.student, x_t, t, cond, F_T,
+            r=given.r, warmup_form=self.warmup_form, derivative=self.derivative, limit=self.limit,
+        )  # fmt: skip
+        return Term(values, metrics, t)
+
+
+# Whose trajectory the student follows: (given, x0, eps, x_t, t) -> dx/dt [b, ...]
+FOLLOWED: dict[str, Callable] = {
+    "teacher": lambda given, x0, eps, x_t, t: given.teacher_F(x_t, t),
+    "data": lambda given, x0, eps, x_t, t: trigflow.target(x0, eps, t),
+}
+# (6); clipping to [−1, 1], the alternative of the sCM paper (section 4.1); and nothing: (g, its norm) -> g
+LIMITS = {
+    "norm": lambda g, norm: g / (norm + 0.1),
+    "clip": lambda g, norm: jnp.clip(g, -1.0, 1.0),
+    "none": lambda g, norm: g,
+}
+
+
+def loss(
+    F: Velocity, params, x_t: Batch, t: Times, cond, F_teacher: Batch, *,
+    r, warmup_form: str = "paper", derivative: str = "jvp", limit: str = "norm",
+) -> tuple[Times, dict[str, Times]]:  # fmt: skip
+    """(4)–(6) ‖F − sg[F] − sg[g]‖² with a limited tangent g, and metrics [b].
+
+    r in [0, 1] is the tangent warm-up (may be traced). A sample whose F or tangent is not finite contributes 0 and has
+    1 in the metric "nonfinite". The metric "residual" is the root mean square of c·df/dt along F_teacher: 0 for a
+    perfect consistency function of a teacher.
+    """
+    F_theta, dF = DERIVATIVES[derivative](F, params, x_t, t, cond, F_teacher)
+    F_fixed, dF = stop_gradient((F_theta, dF))
+    g = tangent(x_t, t, F_fixed, dF, F_teacher, r=r, warmup_form=warmup_form)
+    norm = jnp.sqrt(sum_squares(g))
+    finite = jnp.isfinite(norm) & jnp.isfinite(sum_squares(F_fixed))
+    # Masked before it meets F: 0·NaN in the backward pass would take the whole batch along.
+    g = jnp.where(trigflow.expand(finite, g), LIMITS[limit](g, trigflow.expand(norm, g)), 0.0)
+    values = jnp.where(finite, sum_squares(F_theta - F_fixed - g), 0.0)
+    c_df = tangent(x_t, t, F_fixed, dF, F_teacher, r=1.0, warmup_form=warmup_form)
+    metrics = {
+        "loss": values,
+        "tangent_norm": jnp.where(finite, norm, 0.0),
+        "nonfinite": 1.0 - finite,
+        "teacher_gap": jnp.where(finite, jnp.sqrt(sum_squares(F_fixed - F_teacher)), 0.0),
+        "residual": jnp.where(finite, jnp.sqrt(sum_squares(c_df) / x_t[0].size), 0.0),
+    }
+    return values, metrics
+
+
+def jvp_derivative(F: Velocity, params, x_t, t, cond, F_teacher):
+    """(4) (F, dF) by one jax.jvp along (c·s·F_T, c·s): dF [b, ...] carries the factor c·s, here and below."""
+    cs = jnp.cos(t) * jnp.sin(t)
+    return jax.jvp(lambda x, t: F(params, x, t, cond), (x_t, t), (trigflow.expand(cs, x_t) * F_teacher, cs))
+
+
+def semi_derivative(F: Velocity, params, x_t, t, cond, F_teacher):
+    """jvp in x alone, a finite difference in t: for networks whose time embedding has no usable derivative."""
+    cs = trigflow.expand(jnp.cos(t) * jnp.sin(t), x_t)
+    F_theta, dF = jax.jvp(lambda x: F(params, x, t, cond), (x_t,), (cs * F_teacher,))
+    earlier = F(stop_gradient(params), x_t, t - STEP, cond)
+    return F_theta, dF + cs * backward_difference(F_theta, earlier)
+
+
+def discrete_derivative(F: Velocity, params, x_t, t, cond, F_teacher):
+    """A finite difference along the PF-ODE: no forward mode at all."""
+    cs = trigflow.expand(jnp.cos(t) * jnp.sin(t), x_t)
+    F_theta = F(params, x_t, t, cond)
+    earlier = F(stop_gradient(params), trigflow.euler(x_t, F_teacher, t, t - STEP), t - STEP, cond)
+    return F_theta, cs * backward_difference(F_theta, earlier)
+
+
+def backward_difference(F, earlier):
+    """(cos h·F(t) − F(t − h))/sin h, as the official code has it: dF/dt to first order in h."""
+    return (math.cos(STEP) * F - earlier) / math.sin(STEP)
+
+
+DERIVATIVES = {"jvp": jvp_derivative, "semi": semi_derivative, "discrete": discrete_derivative}
+WARMUP_FORMS = ("paper", "code", "scm")
+
+
+def tangent(x_t, t, F, dF, F_teacher, *, r, warmup_form: str):
+    """(5) g = −c·sqrt(1 − r²s²)·(F − F_T) − (r·c·s·x_t + r·dF), before normalisation; dF already carries c·s.
+
+    warmup_form "paper" multiplies the whole second part by r, "code" (official HEAD) only c·s·x_t; "scm", of the sCM
+    paper, is "paper" with c² in the place of c·sqrt(1 − r²s²). All are equal at r = 1.
+    """
+    if warmup_form not in WARMUP_FORMS:
+        raise ValueError(f"warmup_form {warmup_form!r} is none of {', '.join(WARMUP_FORMS)}")
+    t = trigflow.expand(t, x_t)
+    c, s = jnp.cos(t), jnp.sin(t)
+    r_jvp = 1.0 if warmup_form == "code" else r
+    # sqrt(1 − r²s²) written without cancellation at r = 1, t near pi/2, where it is c
+    root = c if warmup_form == "scm" else jnp.sqrt(c**2 + (1 - r**2) * s**2)
+    return -c * root * (F - F_teacher) - (r * c * s * x_t + r_jvp * dF)
