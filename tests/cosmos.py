@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from rcm_jax import convert
-from rcm_jax.models.cosmos import Cosmos, CosmosConfig, init
+from rcm_jax import convert, models
+from rcm_jax.models.cosmos import Cosmos, CosmosConfig
 from tests import tiny
 
 TINY = CosmosConfig(
@@ -37,7 +37,7 @@ def apply(config, params, x, t, cond):
 
 def random_params(config: CosmosConfig = TINY, key: int = 0) -> dict:
     """Parameters of which none is zero."""
-    return tiny.random_params(init, config, key)
+    return tiny.random_params(models.init, config, key)
 
 
 def inputs(config: CosmosConfig = TINY, batch: int = 2, grid=(1, 4, 6), key: int = 0):

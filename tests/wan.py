@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from rcm_jax import convert
+from rcm_jax import convert, models
 from rcm_jax.method import denoiser
-from rcm_jax.models.wan import Wan, WanConfig, init
+from rcm_jax.models.wan import Wan, WanConfig
 from tests import tiny
 from tests.conftest import GOLDEN
 
@@ -62,7 +62,7 @@ def velocity(config: WanConfig) -> denoiser.Velocity:
 
 def random_params(config: WanConfig = TINY, key: int = 0) -> dict:
     """Parameters of which none is zero (drawn by numpy: nothing to compile)."""
-    return tiny.random_params(init, config, key)
+    return tiny.random_params(models.init, config, key)
 
 
 def inputs(config: WanConfig = TINY, batch: int = 2, grid=(2, 4, 6), key: int = 0):

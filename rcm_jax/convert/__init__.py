@@ -2,72 +2,33 @@
 
 import json
 import pathlib
-import re
-import types
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rcm_jax.convert import cosmos, t5, table, wan, wan_vae
-from rcm_jax.models.cosmos import PUBLISHED as PUBLISHED_COSMOS
-from rcm_jax.models.cosmos import CosmosConfig
-from rcm_jax.models.t5 import PUBLISHED as PUBLISHED_T5
-from rcm_jax.models.t5 import T5Config
-from rcm_jax.models.wan import PUBLISHED as PUBLISHED_WAN
-from rcm_jax.models.wan import WanConfig
-from rcm_jax.models.wan_vae import PUBLISHED as PUBLISHED_WAN_VAE
-from rcm_jax.models.wan_vae import WanVAEConfig
+from rcm_jax.models import NETWORKS
 from rcm_jax.util.config import build
 
-
-class Model(NamedTuple):
-    """What conversion needs of a model; all are functions of its config."""
-
-    config: type
-    layouts: Callable[[Any], dict[str, list[table.Rule]]]
-    shapes: Callable[[Any], dict[str, tuple]]  # of our parameters, by path
-    described: Callable[[Any, str], dict]  # (config, layout) -> what config.json says there
-    wide: tuple[str, ...]  # parts of names of tensors that an export does not narrow
-    generator: dict[str, Any] | None  # what the published networks predict, as an experiment says it; None: nothing
-    ignored: re.Pattern = re.compile("(?!)")  # names of tensors in files that are no parameters
-    aliases: Mapping[str, str] = types.MappingProxyType({})  # second names of a tensor, and its first
-
-
-TEXT_ENCODER = Model(T5Config, t5.layouts, t5.shapes, t5.described, (), None, t5.IGNORED, t5.ALIASES)
 MODELS = {
-    "wan": Model(
-        WanConfig,
-        wan.layouts,
-        wan.shapes,
-        wan.described,
-        wan.WIDE,
-        {"parametrization": "rectified_flow", "time_scale": 1000.0},
-    ),
-    "cosmos": Model(
-        CosmosConfig,
-        cosmos.layouts,
-        cosmos.shapes,
-        cosmos.described,
-        cosmos.WIDE,
-        {"parametrization": "rectified_flow", "time_scale": 1.0},
-        cosmos.IGNORED,
-    ),
-    "t5": TEXT_ENCODER,
-    "umt5": TEXT_ENCODER,
-    "wan_vae": Model(WanVAEConfig, wan_vae.layouts, wan_vae.shapes, wan_vae.described, wan_vae.WIDE, generator=None),
+    "wan": wan.CONVERSION,
+    "cosmos": cosmos.CONVERSION,
+    "t5": t5.CONVERSION,
+    "umt5": t5.CONVERSION,
+    "wan_vae": wan_vae.CONVERSION,
 }
-GENERATORS = [name for name, model in MODELS.items() if model.generator]
-PUBLISHED = {
+GENERATORS = [name for name in MODELS if name in NETWORKS]
+PUBLISHED = {name: (kind, config) for kind in GENERATORS for name, config in NETWORKS[kind].published.items()}
+# Text encoders and autoencoders are read from their published files whenever they are needed.
+PUBLISHED_AROUND = {
     name: (kind, config)
-    for kind, published in (("wan", PUBLISHED_WAN), ("cosmos", PUBLISHED_COSMOS))
-    for name, config in published.items()
+    for kind, model in MODELS.items()
+    for name, config in model.record.published.items()
+    if kind not in GENERATORS and getattr(config, "model_type", kind) == kind
 }
-# Text encoders and the autoencoder are read from their published files whenever they are needed.
-PUBLISHED_AROUND = {name: (config.model_type, config) for name, config in PUBLISHED_T5.items()}
-PUBLISHED_AROUND |= {name: ("wan_vae", config) for name, config in PUBLISHED_WAN_VAE.items()}
-DTYPES = ("float32", "bfloat16", "float16")  # that weights are published in
+PUBLISHED_DTYPES = ("float32", "bfloat16", "float16")  # of weights
 
 
 def named(name: str) -> tuple[str, Any]:
@@ -85,7 +46,14 @@ def named(name: str) -> tuple[str, Any]:
     kind = values.pop("kind", None) if isinstance(values, dict) else None
     if kind not in GENERATORS:
         raise ValueError(f"{name}: its kind is {kind!r}; it must be one of {', '.join(GENERATORS)}")
-    return kind, build(MODELS[kind].config, values, name)
+    return kind, build(MODELS[kind].record.config, values, name)
+
+
+def name_of(config) -> str:
+    """The key of MODELS of a config."""
+    names = [name for name, model in MODELS.items() if model.record.config is type(config)]
+    asked = getattr(config, "model_type", None)
+    return asked if asked in names else names[0]
 
 
 def under_prefix(tensors: Mapping, prefix: str) -> dict:
@@ -97,9 +65,14 @@ def under_prefix(tensors: Mapping, prefix: str) -> dict:
     return found
 
 
+def shapes_of(name: str, config) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of our parameters of a model of that config; nothing is allocated."""
+    return table.shapes_of(MODELS[name].init, config)
+
+
 def entries(name: str, config) -> dict[str, dict[str, table.Entry]]:
     """{layout: {tensor name: entry}} of a model of that config; nothing is allocated."""
-    shapes = MODELS[name].shapes(config)
+    shapes = shapes_of(name, config)
     return {layout: table.entries_of_rules(rules, shapes) for layout, rules in MODELS[name].layouts(config).items()}
 
 
@@ -150,7 +123,7 @@ def from_reference(name: str, tensors: Mapping, config, *, dtype=None, progress=
     tensors = parameters(name, tensors)
     layouts = entries(name, config)
     layout = table.recognise(tensors, layouts, f"{name} of this config")
-    arrays = table.read_arrays(tensors, layouts[layout], MODELS[name].shapes(config), dtype, progress)
+    arrays = table.read_arrays(tensors, layouts[layout], shapes_of(name, config), dtype, progress)
     return unflatten_dict(arrays, sep="/")
 
 
@@ -160,8 +133,8 @@ def to_reference(name: str, params, config, layout: str) -> dict[str, np.ndarray
     Raises ValueError for an unknown layout and for parameters that are not those of the config.
     """
     check_layout(name, config, layout)
-    layouts, shapes = entries(name, config), MODELS[name].shapes(config)
-    arrays = flatten_dict(params, sep="/")
+    layouts, shapes = entries(name, config), shapes_of(name, config)
+    arrays: dict[str, Any] = flatten_dict(params, sep="/")
     wrong = [
         f"{path} is {arrays[path].shape if path in arrays else 'missing'}, must be {shapes.get(path, 'absent')}"
         for path in sorted({*arrays, *shapes})

@@ -4,13 +4,10 @@
 "diffusers": CosmosTransformer3DModel.
 """
 
-import functools
 import re
 
-import jax
-from flax.traverse_util import flatten_dict
-
-from rcm_jax.convert.table import Rule, columns_of, flat_patch_form, rules_of_modules
+from rcm_jax import models
+from rcm_jax.convert.table import Conversion, Rule, columns_of, flat_patch_form, rules_of_modules
 from rcm_jax.models import cosmos
 from rcm_jax.models.cosmos import CosmosConfig
 
@@ -72,13 +69,6 @@ def layouts(config: CosmosConfig) -> dict[str, list[Rule]]:
     }
 
 
-@functools.cache
-def shapes(config: CosmosConfig) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of our parameters; nothing is allocated."""
-    boxed = jax.eval_shape(lambda key: cosmos.init(config, key), jax.random.key(0))
-    return {path: leaf.value.shape for path, leaf in flatten_dict(boxed, sep="/").items()}
-
-
 def described(config: CosmosConfig, layout: str) -> dict:
     """The config.json that is published beside a layout; nothing for official, which has none."""
     if layout == "official":
@@ -103,3 +93,6 @@ def described(config: CosmosConfig, layout: str) -> dict:
         ],
         "text_embed_dim": config.crossattn_emb_channels,
     }
+
+
+CONVERSION = Conversion(cosmos.NETWORK, models.init, layouts, described, WIDE, IGNORED)

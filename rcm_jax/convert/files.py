@@ -21,7 +21,7 @@ from rcm_jax.util.files import new_folder
 
 INDEX = ".safetensors.index.json"
 TORCH = (".pth", ".pt", ".bin")
-DTYPES = {
+SAFETENSORS = {  # dtypes, by their names there
     "F64": np.dtype("float64"),
     "F32": np.dtype("float32"),
     "F16": np.dtype("float16"),
@@ -36,7 +36,7 @@ DTYPES = {
     "U8": np.dtype("uint8"),
     "BOOL": np.dtype("bool"),
 }
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in SAFETENSORS.items()}
 MOST_HEADER = 100_000_008  # bytes, by the format
 NOTHING: Mapping[str, str] = types.MappingProxyType({})
 
@@ -80,10 +80,10 @@ def _open_safetensors(path):
             shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): {_sizes(path)}; download or copy it again") from None
-    if unknown := [f"{name} ({kind})" for name, kind in kinds.items() if kind not in DTYPES]:
-        raise ValueError(f"{path} holds dtypes other than {', '.join(DTYPES)}: {', '.join(unknown)}")
+    if unknown := [f"{name} ({kind})" for name, kind in kinds.items() if kind not in SAFETENSORS]:
+        raise ValueError(f"{path} holds dtypes other than {', '.join(SAFETENSORS)}: {', '.join(unknown)}")
     return {
-        name: LazyTensor(shapes[name], DTYPES[kind], functools.partial(_read_safetensors, path, name))
+        name: LazyTensor(shapes[name], SAFETENSORS[kind], functools.partial(_read_safetensors, path, name))
         for name, kind in kinds.items()
     }
 
@@ -171,7 +171,7 @@ def write_tensors(
 
     A tensor has .shape, .dtype and goes through np.asarray, one at a time. extra_files maps file names to texts.
     progress is called with the bytes of every tensor written. The folder must be empty or not there; it appears whole
-    or not at all. Raises ValueError for such a folder, no tensors, or dtypes that are not in DTYPES.
+    or not at all. Raises ValueError for such a folder, no tensors, or dtypes that are not in SAFETENSORS.
     """
     shards = _plan(tensors, shard_bytes)
     names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -203,8 +203,8 @@ def _plan(tensors, shard_bytes):
             f"{len(tensors)} tensors in shards of {shard_bytes} bytes cannot be written: there must be one at least, "
             "none may be named __metadata__, and a shard needs a byte"
         )
-    if wrong := [f"{name} ({t.dtype})" for name, t in tensors.items() if np.dtype(t.dtype) not in DTYPES.values()]:
-        raise ValueError(f"cannot write dtypes other than {', '.join(map(str, DTYPES.values()))}: {', '.join(wrong)}")
+    if wrong := [f"{name} ({t.dtype})" for name, t in tensors.items() if np.dtype(t.dtype) not in CODES]:
+        raise ValueError(f"cannot write dtypes other than {', '.join(map(str, CODES))}: {', '.join(wrong)}")
     shards, room = [], -1
     for name, tensor in tensors.items():
         size = _nbytes(tensor)

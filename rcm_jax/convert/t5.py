@@ -5,13 +5,9 @@
 """
 
 import dataclasses
-import functools
 import re
 
-import jax
-from flax.traverse_util import flatten_dict
-
-from rcm_jax.convert.table import SAME, Rule, columns_of, rules_of_modules
+from rcm_jax.convert.table import SAME, Conversion, Rule, columns_of, rules_of_modules
 from rcm_jax.models import t5
 from rcm_jax.models.t5 import T5Config
 
@@ -57,16 +53,12 @@ def layouts(config: T5Config) -> dict[str, list[Rule]]:
     return {"official": official, "transformers": theirs}
 
 
-@functools.cache
-def shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of our parameters; nothing is allocated."""
-    boxed = jax.eval_shape(lambda key: t5.init(config, key), jax.random.key(0))
-    return {path: leaf.value.shape for path, leaf in flatten_dict(boxed, sep="/").items()}
-
-
 def described(config: T5Config, layout: str) -> dict:
     """The config.json that is published beside a layout; nothing for official, which has none."""
     if layout == "official":
         return {}
     values = {name: value for name, value in dataclasses.asdict(config).items() if name != "dtype"}
     return {"architectures": [f"{'UM' if config.model_type == 'umt5' else ''}T5EncoderModel"]} | values
+
+
+CONVERSION = Conversion(t5.TEXT_ENCODER, t5.init, layouts, described, ignored=IGNORED, aliases=ALIASES)

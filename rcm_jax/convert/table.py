@@ -4,16 +4,40 @@ A layout is one way in which a model is published: its names, and the shapes und
 along a leading layer axis are one tensor each there; their names hold "{}" for the number of the layer.
 """
 
+import functools
 import re
+import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 FLOATS = tuple(np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
 PREFIXES = ("net.", "net_ema.", "net_fake_score.", "model.diffusion_model.")  # of training checkpoints, of ComfyUI
+
+
+class Conversion(NamedTuple):
+    """What conversion must know of a model; functions of its config."""
+
+    record: Any  # of rcm_jax.models: its config class, its published sizes
+    init: Callable  # (config, key) -> our parameters, boxed
+    layouts: Callable[[Any], dict[str, "list[Rule]"]]
+    described: Callable[[Any, str], dict]  # (config, layout) -> what config.json says there
+    wide: tuple[str, ...] = ()  # parts of names of tensors that an export does not narrow
+    ignored: re.Pattern = re.compile("(?!)")  # names of tensors in files that are no parameters
+    aliases: Mapping[str, str] = types.MappingProxyType({})  # second names of a tensor, and its first
+
+
+@functools.cache
+def shapes_of(init: Callable, config) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of our parameters; nothing is allocated."""
+    boxed = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    leaves: dict[str, Any] = flatten_dict(boxed, sep="/")
+    return {path: leaf.value.shape for path, leaf in leaves.items()}
 
 
 class Form(NamedTuple):

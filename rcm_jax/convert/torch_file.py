@@ -183,7 +183,7 @@ def _check_opcodes(data):
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in ("EXT1", "EXT2", "EXT4"):
             raise pickle.UnpicklingError(f"it uses the extension code {argument}")
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > len(data):
             raise pickle.UnpicklingError(f"it has {len(data)} bytes and wants to memorise item {argument}")
 
 
@@ -191,7 +191,8 @@ def _flatten(path, content):
     """{dotted name: view} in order, without recursion: depth and sharing are the file's choice."""
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no dict of tensors; {WAY_OUT}")
-    views, seen, stack = {}, set(), [("", content)]
+    views, seen = {}, set()
+    stack: list[tuple[str, dict | _View]] = [("", content)]
     while stack:
         prefix, item = stack.pop()
         if isinstance(item, _View):

@@ -5,12 +5,8 @@
 "diffusers": WanTransformer3DModel.
 """
 
-import functools
-
-import jax
-from flax.traverse_util import flatten_dict
-
-from rcm_jax.convert.table import SAME, Rule, columns_of, flat_patch_form, patch_form, rules_of_modules
+from rcm_jax import models
+from rcm_jax.convert.table import SAME, Conversion, Rule, columns_of, flat_patch_form, patch_form, rules_of_modules
 from rcm_jax.models import wan
 from rcm_jax.models.wan import WanConfig
 
@@ -74,13 +70,6 @@ def layouts(config: WanConfig) -> dict[str, list[Rule]]:
     return {"official": rules(1, convolution), "rcm": rules(1, flat), "diffusers": rules(2, convolution)}
 
 
-@functools.cache
-def shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of our parameters; nothing is allocated."""
-    boxed = jax.eval_shape(lambda key: wan.init(config, key), jax.random.key(0))
-    return {path: leaf.value.shape for path, leaf in flatten_dict(boxed, sep="/").items()}
-
-
 # Parts of names of tensors that stay as they are when the rest is written in a narrower dtype: diffusers keeps these in
 # float32 whatever it is asked for, and the tangent needs the time embedding there.
 WIDE = ("time_embed", "modulation", "scale_shift_table", "norm1.", "norm2.", "norm3.")
@@ -112,3 +101,6 @@ def described(config: WanConfig, layout: str) -> dict:
         }
     names = ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "model_type", "num_heads", "num_layers", "out_dim")
     return {"_class_name": "WanModel", "text_len": config.text_len} | {name: getattr(config, name) for name in names}
+
+
+CONVERSION = Conversion(wan.NETWORK, models.init, layouts, described, WIDE)

@@ -4,12 +4,7 @@
 "diffusers": AutoencoderKLWan (a list for each stage of the decoder, but not of the encoder).
 """
 
-import functools
-
-import jax
-from flax.traverse_util import flatten_dict
-
-from rcm_jax.convert.table import Rule, columns_of, rules_of_modules
+from rcm_jax.convert.table import Conversion, Rule, columns_of, rules_of_modules, shapes_of
 from rcm_jax.models import wan_vae
 from rcm_jax.models.wan_vae import WanVAEConfig
 
@@ -60,7 +55,7 @@ def _places(config: WanVAEConfig):
 
 def layouts(config: WanVAEConfig) -> dict[str, list[Rule]]:
     """The rules of every layout."""
-    here = shapes(config)
+    here = shapes_of(wan_vae.init, config)
 
     def rules(column):
         found = rules_of_modules(columns_of(OUTSIDE, column))
@@ -71,16 +66,6 @@ def layouts(config: WanVAEConfig) -> dict[str, list[Rule]]:
         return [rule for rule in found if rule.ours in here]  # not every block has a shortcut, and so on
 
     return {"official": rules(1), "diffusers": rules(2)}
-
-
-@functools.cache
-def shapes(config: WanVAEConfig) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of our parameters; nothing is allocated."""
-    boxed = jax.eval_shape(lambda key: wan_vae.init(config, key), jax.random.key(0))
-    return {path: leaf.value.shape for path, leaf in flatten_dict(boxed, sep="/").items()}
-
-
-WIDE = ()  # the reference computes all of it in one dtype
 
 
 def described(config: WanVAEConfig, layout: str) -> dict:
@@ -106,3 +91,6 @@ def described(config: WanVAEConfig, layout: str) -> dict:
         "temperal_downsample": list(config.temperal_downsample),
         "z_dim": config.z_dim,
     }
+
+
+CONVERSION = Conversion(wan_vae.AUTOENCODER, wan_vae.init, layouts, described)

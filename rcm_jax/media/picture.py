@@ -1,11 +1,18 @@
-"""Grids of images, as arrays and as PNG files."""
+"""Pictures: grids of images and points in the plane as arrays, without matplotlib; figures with it; PNG files."""
 
 import os
+from collections.abc import Callable
 
 import imageio.v3 as imageio
 import numpy as np
 
+from rcm_jax.util.extras import require
 from rcm_jax.util.files import write_whole
+
+# The colours of all drawings; those in SERIES tell lines, or classes, apart.
+INK, GREY, RULE, PAPER = "#1f2430", "#697180", "#d9dde3", "#ffffff"
+SERIES = ("#2f5f8f", "#c4663a", "#4c8a68", "#8a68a6", "#a88a2c")
+SIZE, REACH = 368, 2.4  # of `scatter`: pixels, standard deviations of the data from the middle to the edge
 
 
 def grid(images, columns: int, *, upscale: int = 1, separator: int = 1, background: float = 0.25) -> np.ndarray:
@@ -35,6 +42,25 @@ def grid(images, columns: int, *, upscale: int = 1, separator: int = 1, backgrou
     return canvas
 
 
+def scatter(points, labels, *, density: Callable | None = None, size: int = SIZE, reach: float = REACH) -> np.ndarray:
+    """points [n, 2] as dots in the colours of their classes, labels [n]: an image [size, size, 3] in [0, 1] for `grid`.
+
+    The middle is the origin, `reach` as far as the edges are; points beyond them, and NaNs, are left out.
+    density: a function [m, 2] → [m] that is shaded behind the points.
+    """
+    image = np.ones((size, size, 3))
+    if density is not None:
+        line = np.linspace(-reach, reach, size)
+        shade = density(np.stack(np.meshgrid(line, -line), axis=-1).reshape(-1, 2)).reshape(size, size, 1)
+        image -= 0.35 * (shade / shade.max()) ** 0.25 * np.array([1.0, 0.9, 0.8])
+    places = np.round((np.asarray(points) * [1, -1] / reach + 1) / 2 * (size - 1))
+    inside = ((places >= 0) & (places < size)).all(axis=1)
+    column, row = places[inside].astype(int).T
+    colors = np.array([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in SERIES])
+    image[row, column] = colors[np.asarray(labels)[inside] % len(SERIES)]
+    return image
+
+
 def save_png(path: str | os.PathLike, array) -> None:
     """Writes array, uint8 [H, W, 1 or 3], as a PNG; folders are made, and readers never see half a file.
 
@@ -46,6 +72,19 @@ def save_png(path: str | os.PathLike, array) -> None:
         raise ValueError(f"array is {array.dtype} {array.shape}, expected uint8 [H, W, 1 or 3] as grid returns it")
     pixels = array[..., 0] if array.shape[-1] == 1 else array
     write_whole(path, lambda temporary: imageio.imwrite(temporary, pixels, extension=".png"))
+
+
+def figure(width: float, height: float, **options):
+    """An empty Figure of matplotlib, in inches; ValueError that says how to install it, for it is an extra."""
+    require("matplotlib", "demo", "a drawing")
+    from matplotlib.figure import Figure
+
+    return Figure((width, height), facecolor=PAPER, **options)
+
+
+def save_figure(path: str | os.PathLike, drawn) -> None:
+    """Writes what is drawn on a `figure` as a PNG; folders are made, and readers never see half a file."""
+    write_whole(path, lambda temporary: drawn.savefig(temporary, format="png"))
 
 
 def _bytes(x: np.ndarray) -> np.ndarray:

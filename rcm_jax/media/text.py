@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from absl import logging
+from jaxtyping import Float, Int
 
-from rcm_jax.models.t5 import T5Config, T5Encoder
+from rcm_jax.models import TEXT_ENCODERS
+from rcm_jax.models.records import record_of
 from rcm_jax.util.extras import require
 
 END, PADDING = "</s>", "<pad>"  # tokens that every T5 has
@@ -28,8 +30,8 @@ def clean(prompt: str) -> str:
 
 def tokenize(
     folder: str | os.PathLike, prompts: Sequence[str], length: int = 512, vocab_size: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of prompts and where they are: ids [b, length] and mask [b, length], int32, 1 where there is a token.
+) -> tuple[Int[np.ndarray, "b length"], Int[np.ndarray, "b length"]]:
+    """Tokens of prompts and where they are: ids and mask, int32, 1 where there is a token.
 
     Every prompt ends with </s>. What is longer than `length` with it is cut off before it, as the references do, and a
     warning gives the numbers. The folder must hold tokenizer.json, as Wan-AI's google/umt5-xxl and diffusers'
@@ -84,17 +86,21 @@ def _open_tokenizer(folder):
     return tokenizer
 
 
-def encode(config: T5Config, params, ids, mask, batch: int = 8) -> np.ndarray:
-    """Embeddings [b, l, d_model] of tokens [b, l], in config.dtype, zero where padded; `batch` prompts at a time.
+def encode(
+    config, params, ids: Int[np.ndarray, "b l"], mask: Int[np.ndarray, "b l"], batch: int = 8
+) -> Float[np.ndarray, "b l d"]:
+    """Embeddings of tokens, in config.dtype, zero where padded; `batch` prompts at a time.
 
+    config: of an encoder in TEXT_ENCODERS, params its parameters.
     ValueError for no tokens, and for tokens that the encoder does not have.
     """
     ids, mask = np.asarray(ids), np.asarray(mask)
     if not ids.size or batch < 1:
         raise ValueError(f"ids {ids.shape}, {batch} prompts at a time: there must be one at least")
-    if ids.min() < 0 or ids.max() >= config.vocab_size:
+    known = record_of(TEXT_ENCODERS, config).tokens(config)
+    if ids.min() < 0 or ids.max() >= known:
         raise ValueError(
-            f"the tokens are {ids.min()} to {ids.max()}, the encoder has 0 to {config.vocab_size - 1}: "
+            f"the tokens are {ids.min()} to {ids.max()}, the encoder has 0 to {known - 1}: "
             "take the tokenizer that is published with it"
         )
     params = jax.device_put(params)  # once, not with every batch
@@ -106,4 +112,4 @@ def encode(config: T5Config, params, ids, mask, batch: int = 8) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(config, params, ids, mask):
-    return T5Encoder(config).apply({"params": params}, ids, mask)
+    return record_of(TEXT_ENCODERS, config).module(config).apply({"params": params}, ids, mask)

@@ -15,27 +15,29 @@ from collections.abc import Iterable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
-from rcm_jax.models.wan_vae import Decoder, Encoder, WanVAEConfig, check_latents, check_pixels
+from rcm_jax.models import AUTOENCODERS
+from rcm_jax.models.records import record_of
+
+Pixels = Float[Array | np.ndarray, "b t h w 3"]
+Latents = Float[Array | np.ndarray, "b t h w z_dim"]
 
 
-def encode(config: WanVAEConfig, params, pixels, *, tile: int | None = None, overlap: int | None = None) -> np.ndarray:
-    """The latents x0 of videos, of unit variance by the statistics in the config.
+def encode(config, params, pixels: Pixels, *, tile: int | None = None, overlap: int | None = None) -> Latents:
+    """The latents x0 of videos, of unit variance by the statistics in the config; in numpy, float32 at least.
 
     Args:
       config: of the network.
       params: its parameters {"encoder": …}; what is on the host goes to the device once.
-      pixels: [b, t, h, w, 3] in [-1, 1], t = 1 + 4n, h and w multiples of 8; best a numpy array.
+      pixels: in [-1, 1], t = 1 + 4n, h and w multiples of 8, for x0 [b, 1 + n, h/8, w/8, z_dim]; best a numpy array.
       tile: most rows and columns of latents at once; None: all.
       overlap: rows and columns of latents over which neighbouring tiles are blended linearly; None: tile // 4.
-
-    Returns:
-      [b, 1 + n, h/8, w/8, z_dim], float32 at least.
 
     Raises:
       ValueError: sizes that cannot be encoded, with the nearest that can; pixels that are no floating point numbers.
     """
-    check_pixels(config, pixels.shape)
+    record_of(AUTOENCODERS, config).check_pixels(config, pixels.shape)
     if not jnp.issubdtype(pixels.dtype, jnp.floating):
         raise ValueError(f"pixels must be floating point numbers in [-1, 1], got {pixels.dtype}: take x / 127.5 - 1")
     b, t, h, w, _ = pixels.shape
@@ -50,20 +52,20 @@ def encode(config: WanVAEConfig, params, pixels, *, tile: int | None = None, ove
     return _blend(stream, pixels, np.zeros(shape, config.wide), tile, overlap)
 
 
-def decode_chunks(config: WanVAEConfig, params, x0) -> Iterator[jax.Array]:
-    """The videos of latents x0 [b, t, h, w, z_dim] of unit variance, frame of latents by frame of latents.
+def decode_chunks(config, params, x0: Latents) -> Iterator[Pixels]:
+    """The videos of latents x0 of unit variance, frame of latents by frame of latents.
 
     Yields pixels [b, 1, 8h, 8w, 3], then t − 1 times [b, 4, 8h, 8w, 3], in [-1, 1] but for what the network overshoots,
     float32 at least. They lie on the device until they are let go. ValueError for x0 of another shape.
     """
-    check_latents(config, x0.shape)
+    record_of(AUTOENCODERS, config).check_latents(config, x0.shape)
     chunks = (x0[:, i : i + 1] for i in range(x0.shape[1]))
     return _stream(_decode_chunk(config), jax.device_put(params["decoder"]), chunks)
 
 
-def decode(config: WanVAEConfig, params, x0, *, tile: int | None = None, overlap: int | None = None) -> np.ndarray:
-    """The whole of decode_chunks: [b, 1 + 4(t − 1), 8h, 8w, 3]; tile and overlap as in encode."""
-    check_latents(config, x0.shape)
+def decode(config, params, x0: Latents, *, tile: int | None = None, overlap: int | None = None) -> Pixels:
+    """The whole of decode_chunks, [b, 1 + 4(t − 1), 8h, 8w, 3] in numpy; tile and overlap as in encode."""
+    record_of(AUTOENCODERS, config).check_latents(config, x0.shape)
     b, t, h, w, _ = x0.shape
     step, *units = config.stride
     params = {"decoder": jax.device_put(params["decoder"])}
@@ -72,24 +74,24 @@ def decode(config: WanVAEConfig, params, x0, *, tile: int | None = None, overlap
 
 
 @functools.cache
-def _encode_chunk(config: WanVAEConfig):
+def _encode_chunk(config):
     """Compiled (params, pixels, cache) -> (x0, cache); the cache is given up."""
 
     def step(params, pixels, cache):
-        mean, cache = Encoder(config).apply({"params": params}, pixels, cache)
+        mean, cache = record_of(AUTOENCODERS, config).encoder(config).apply({"params": params}, pixels, cache)
         return (mean - np.asarray(config.latents_mean, mean.dtype)) / np.asarray(config.latents_std, mean.dtype), cache
 
     return jax.jit(step, donate_argnums=2)
 
 
 @functools.cache
-def _decode_chunk(config: WanVAEConfig):
+def _decode_chunk(config):
     """Compiled (params, x0, cache) -> (pixels, cache); the cache is given up."""
 
     def step(params, x0, cache):
         x0 = x0.astype(config.wide)
         mean = x0 * np.asarray(config.latents_std, x0.dtype) + np.asarray(config.latents_mean, x0.dtype)
-        return Decoder(config).apply({"params": params}, mean, cache)
+        return record_of(AUTOENCODERS, config).decoder(config).apply({"params": params}, mean, cache)
 
     return jax.jit(step, donate_argnums=2)
 

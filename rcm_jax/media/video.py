@@ -30,7 +30,8 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int)
     def write(temporary):
         with av.open(str(temporary), "w", format="mp4") as file:
             stream = file.add_stream("libx264", rate=fps, options={"crf": QUALITY})
-            stream.height, stream.width, stream.pix_fmt = *first.shape[:2], "yuv420p"
+            stream.height, stream.width = first.shape[:2]
+            stream.pix_fmt = "yuv420p"
             for frame in itertools.chain([first], frames):
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             file.mux(stream.encode())

@@ -1,23 +1,49 @@
-"""Networks by their configuration. The only folder with flax.linen modules."""
+"""Networks, by the records that their modules export. The only folder with flax.linen modules.
 
-from rcm_jax.models.cosmos import Cosmos, CosmosConfig
-from rcm_jax.models.dit import DiT, DiTConfig
-from rcm_jax.models.mlp import MLP, MLPConfig
-from rcm_jax.models.wan import Wan, WanConfig
+A new network is a file with its record, and a line here.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from rcm_jax.models import cosmos, dit, mlp, t5, wan, wan_vae
+from rcm_jax.models.records import Network, record_of
 from rcm_jax.parallel.sharding import check_sequence
 
-# Frames, rows and columns of latents in one token, of the networks that have tokens.
-PATCHES = {
-    CosmosConfig: lambda config: config.patch,
-    DiTConfig: lambda config: (1, config.patch, config.patch),
-    WanConfig: lambda config: config.patch,
-}
-NETWORKS = {CosmosConfig: Cosmos, DiTConfig: DiT, MLPConfig: MLP, WanConfig: Wan}
+NETWORKS = {"dit": dit.NETWORK, "mlp": mlp.NETWORK, "wan": wan.NETWORK, "cosmos": cosmos.NETWORK}
+TEXT_ENCODERS = {"t5": t5.TEXT_ENCODER}
+AUTOENCODERS = {"wan_vae": wan_vae.AUTOENCODER}
+
+
+def network_of(config) -> Network:
+    """The record of a network's config."""
+    return record_of(NETWORKS, config)
+
+
+def init(config, key):
+    """Boxed parameters (with logical axes) for that config, whatever sizes of samples it is used on later."""
+    record = network_of(config)
+    shape = record.smallest(config)
+    cond = {name: jnp.zeros((1, *leaf.shape), leaf.dtype) for name, leaf in record.conditions(config, shape).items()}
+    return record.module(config).init(key, jnp.zeros((1, *shape)), jnp.zeros(1), **cond)["params"]  # pyright: ignore[reportArgumentType]
+
+
+def token_grid(config, shape) -> tuple[int, ...] | None:
+    """Frames, rows and columns of tokens of samples [t, h, w, c] or [h, w, c]; None for a network without tokens."""
+    if (patch := network_of(config).patch(config)) is None:
+        return None
+    latents = (1, *shape[:-1])[-3:]
+    return tuple(int(n) // p for n, p in zip(latents, patch, strict=True))
 
 
 def check_network(config, shape, mesh) -> None:
-    """ValueError unless heads and tokens of a network on samples [t, h, w, c], or [h, w, c], divide over seq."""
-    if type(config) in PATCHES:
-        patch = PATCHES[type(config)](config)
-        latents = (1, *shape[:-1])[-3:]
-        check_sequence(config.num_heads, [n // p for n, p in zip(latents, patch, strict=True)], mesh, patch)
+    """ValueError unless heads and tokens of a network on samples of that shape divide over seq."""
+    if grid := token_grid(config, shape):
+        check_sequence(config.num_heads, grid, mesh, network_of(config).patch(config))
+
+
+def example(config, shape, **conditions) -> dict:
+    """Zeros in the shapes of one sample, {"x0", "cond"}, for a network of that config; conditions: of other shapes."""
+    found = network_of(config).conditions(config, tuple(shape)) | conditions
+    cond = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in found.items()}
+    return {"x0": np.zeros(shape, np.float32), "cond": cond}

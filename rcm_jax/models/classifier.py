@@ -1,12 +1,12 @@
 """A small convolutional classifier: judge and feature extractor for small images."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 
 class ClassifierNet(nn.Module):
-    """Images [b, h, w, c] → (logits [b, num_classes], features [b, features]), all float32.
+    """Logits and features of images, all float32.
 
     Two resolutions, no normalisation layers, no dropout: the output is a function of parameters and images alone.
     Features are taken before the last non-linearity, where they are closer to a Gaussian than rectified ones, which
@@ -18,7 +18,7 @@ class ClassifierNet(nn.Module):
     width: int = 32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b num_classes"], Float[Array, "b features"]]:
         x = x.astype(jnp.float32)
         x = nn.gelu(nn.Conv(self.width, (3, 3), name="conv_0")(x))
         x = nn.gelu(nn.Conv(2 * self.width, (3, 3), strides=(2, 2), name="conv_1")(x))

@@ -7,12 +7,18 @@ modulation, norms and the output are computed in float32, whatever narrower dtyp
 import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from rcm_jax.models.layers import (
+    Config,
+    Embedding,
     Mlp,
     RMSNorm,
+    Tokens,
+    Turns,
     attend,
     check_config,
     dense,
@@ -24,6 +30,7 @@ from rcm_jax.models.layers import (
     stack,
     unpatchify,
 )
+from rcm_jax.models.records import Network
 from rcm_jax.parallel.sharding import split
 
 # What the reference's config can say and the published text-to-image networks all say: nothing else is built.
@@ -37,7 +44,7 @@ ONLY = {
 
 
 @dataclasses.dataclass(frozen=True)
-class CosmosConfig:
+class CosmosConfig(Config):
     """Sizes under the reference's names; defaults are those that all published text-to-image networks share."""
 
     model_channels: int
@@ -77,11 +84,6 @@ class CosmosConfig:
         return self.model_channels
 
     @property
-    def wide(self):
-        """The dtype of modulation, rotary tables and output: float32, whatever narrower dtype computes the blocks."""
-        return jnp.promote_types(self.dtype, jnp.float32)
-
-    @property
     def patch(self):
         return (self.patch_temporal, self.patch_spatial, self.patch_spatial)
 
@@ -102,8 +104,8 @@ PUBLISHED = {
 }
 
 
-def _modulation(config, emb_bc, shared, name):
-    """[b, 1, k·c] from the time features: two dense layers through few features, plus the part that blocks share."""
+def _modulation(config, emb_bc: Embedding, shared: Float[Array, "b k*c"], name: str) -> Float[Array, "b 1 k*c"]:
+    """From the time features: two dense layers through few features, plus the part that blocks share."""
     h = dense(config.adaln_lora_dim, f"{name}_in", dtype=config.wide, use_bias=False)(emb_bc)
     features = shared.shape[-1]
     axes, zeros = ("features", "embed"), nn.initializers.zeros
@@ -112,7 +114,7 @@ def _modulation(config, emb_bc, shared, name):
 
 
 class Attention(nn.Module):
-    """Attention of tokens to themselves or, where there is one, to a context [b, m, ...]: [b, l, c] -> [b, l, c].
+    """Attention of tokens to themselves or, where there is one, to a context.
 
     Queries and keys are normalised by head, and turned by their place where there are tables.
     """
@@ -120,7 +122,7 @@ class Attention(nn.Module):
     config: CosmosConfig
 
     @nn.compact
-    def __call__(self, x_blc, context=None, tables=None):
+    def __call__(self, x_blc: Tokens, context: Float[Array, "b m d"] | None = None, tables: tuple = ()) -> Tokens:
         c = self.config
         source = x_blc if context is None else context
 
@@ -129,7 +131,7 @@ class Attention(nn.Module):
             return y.reshape(*x.shape[:2], c.num_heads, -1)
 
         q, k = RMSNorm(name="q_norm")(project(x_blc, "q")), RMSNorm(name="k_norm")(project(source, "k"))
-        if tables is not None:
+        if tables:
             q, k = rotate_halves(q, *tables), rotate_halves(k, *tables)
         o = attend(q, k, project(source, "v"), implementation=c.attention, cross=context is not None)
         return dense(c.dim, "out", dtype=c.dtype, axes=("features", "embed"), use_bias=False)(o.reshape(x_blc.shape))
@@ -141,7 +143,9 @@ class Block(nn.Module):
     config: CosmosConfig
 
     @nn.compact
-    def __call__(self, x_blc, emb_bc, shared, text, cos, sin):
+    def __call__(
+        self, x_blc: Tokens, emb_bc: Embedding, shared: Embedding, text: Float[Array, "b m d"], cos: Turns, sin: Turns
+    ) -> tuple[Tokens, None]:
         c = self.config
         parts = {
             "self_attention": lambda h: Attention(c, name="self_attention")(h, tables=(cos, sin)),
@@ -156,33 +160,38 @@ class Block(nn.Module):
 
 
 class Cosmos(nn.Module):
-    """v = eps − x0 of latents x [b, t, h, w, in_channels] at times t [b] in 0..1: [b, t, h, w, out_channels], float32.
+    """v = eps − x0 of latents x at times t in 0..1, float32.
 
-    text [b, m, crossattn_emb_channels], padded as in training (zeros up to 512 tokens). padding_mask [b, H, W] of any
-    size, 1 where there is no image; None: all is image. ValueError for inputs that do not fit the config.
+    text is padded as in training (zeros up to 512 tokens). padding_mask has any size, and 1 where there is no image;
+    None: all is image. ValueError for inputs that do not fit the config.
     """
 
     config: CosmosConfig
 
     @nn.compact
-    def __call__(self, x, t, text, padding_mask=None):
+    def __call__(
+        self,
+        x: Float[Array, "b t h w in_channels"],
+        t: Float[Array, " b"],
+        text: Float[Array, "b m crossattn_emb_channels"],
+        padding_mask: Float[Array, "b H W"] | None = None,
+    ) -> Float[Array, "b t h w out_channels"]:
         c = self.config
         _check_inputs(c, x, t, text, padding_mask)
         out_shape = (*x.shape[:-1], c.out_channels)
         grid = tuple(n // p for n, p in zip(x.shape[1:4], c.patch, strict=True))
         if c.concat_padding_mask:
             x = jnp.concatenate([x, _mask_channel(x, padding_mask)], axis=-1)
-        x_blc = dense(c.dim, "patch_in", dtype=c.dtype, axes=("features", "embed"), use_bias=False)(
-            patchify(x, c.patch)
-        )
-        x_blc = split(x_blc, "batch", "tokens")
+        patch_in = dense(c.dim, "patch_in", dtype=c.dtype, axes=("features", "embed"), use_bias=False)
+        x_blc = split(patch_in(patchify(x, c.patch)), "batch", "tokens")
 
         features = sinusoids(t, 10_000.0 ** -(np.arange(c.dim // 2) / (c.dim // 2))).astype(c.time_dtype)
         shared = nn.silu(dense(c.dim, "time_in", dtype=c.time_dtype, use_bias=False)(features))
         shared = dense(3 * c.dim, "time_out", dtype=c.time_dtype, use_bias=False)(shared).astype(c.wide)
         emb_bc = nn.silu(RMSNorm(name="time_norm")(features).astype(c.wide))
 
-        cos, sin = rope_tables(grid, c.dim // c.num_heads, c.wide, _ratios(c))
+        ratios = c.rope_t_extrapolation_ratio, c.rope_h_extrapolation_ratio, c.rope_w_extrapolation_ratio
+        cos, sin = rope_tables(grid, c.dim // c.num_heads, c.wide, ratios)
         text = text.astype(c.dtype)
         x_blc, _ = stack(Block, c.num_blocks, c.remat)(c, name="blocks")(x_blc, emb_bc, shared, text, cos, sin)
 
@@ -193,12 +202,8 @@ class Cosmos(nn.Module):
         return unpatchify(split(out, "batch", "tokens"), c.patch, out_shape)
 
 
-def _ratios(c: CosmosConfig):
-    return c.rope_t_extrapolation_ratio, c.rope_h_extrapolation_ratio, c.rope_w_extrapolation_ratio
-
-
-def _mask_channel(x, padding_mask):
-    """The mask on the pixels of x [b, t, h, w, c], by nearest neighbours: [b, t, h, w, 1]."""
+def _mask_channel(x: Array, padding_mask: Float[Array, "b H W"] | None) -> Float[Array, "b t h w 1"]:
+    """The mask on the pixels of x [b, t, h, w, c], by nearest neighbours."""
     b, t, h, w, _ = x.shape
     if padding_mask is None:
         return jnp.zeros((b, t, h, w, 1), x.dtype)
@@ -207,7 +212,7 @@ def _mask_channel(x, padding_mask):
     return jnp.broadcast_to(mask[:, None, :, :, None], (b, t, h, w, 1))
 
 
-def _check_inputs(c: CosmosConfig, x, t, text, padding_mask):
+def _check_inputs(c: CosmosConfig, x: Array, t: Array, text: Array, padding_mask: Array | None) -> None:
     """ValueError where the inputs of Cosmos are not what its docstring asks for."""
     if x.ndim != 5 or t.shape != x.shape[:1] or x.shape[-1] != c.in_channels:
         raise ValueError(f"x must be [b, t, h, w, {c.in_channels}] and its times t [b], got {x.shape} and {t.shape}")
@@ -220,7 +225,16 @@ def _check_inputs(c: CosmosConfig, x, t, text, padding_mask):
         raise ValueError(f"padding_mask must be [b, H, W], and is for concat_padding_mask, got {padding_mask.shape}")
 
 
-def init(config: CosmosConfig, key):
-    """Boxed parameters (with logical axes) for that config, whatever sizes of latents it is used on later."""
-    x = jnp.zeros((1, *config.patch, config.in_channels))
-    return Cosmos(config).init(key, x, jnp.zeros(1), jnp.zeros((1, 1, config.crossattn_emb_channels)))["params"]
+TEXT_TOKENS = 512  # to which T5's are padded
+NETWORK = Network(
+    config=CosmosConfig,
+    module=Cosmos,
+    conditions=lambda config, shape: {
+        "text": jax.ShapeDtypeStruct((TEXT_TOKENS, config.crossattn_emb_channels), jnp.float32)
+    },
+    smallest=lambda config: (*config.patch, config.in_channels),
+    patch=lambda config: config.patch,
+    parametrization="rectified_flow",
+    time_scale=1.0,
+    published=PUBLISHED,
+)

@@ -3,11 +3,15 @@
 import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from rcm_jax.models.layers import (
+    Config,
     Mlp,
     SelfAttention,
+    Tokens,
     check_config,
     dense,
     layer_norm,
@@ -15,12 +19,14 @@ from rcm_jax.models.layers import (
     sinusoids,
     stack,
     unpatchify,
+    with_axes,
 )
+from rcm_jax.models.records import Network
 from rcm_jax.parallel.sharding import split
 
 
 @dataclasses.dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(Config):
     """Sizes of a DiT on images [b, h, w, c]; the label num_classes is the null class of guidance."""
 
     num_classes: int
@@ -35,11 +41,6 @@ class DiTConfig:
     remat: str = "none"
     attention: str = "auto"  # implementation of flash_attention
 
-    @property
-    def wide(self):
-        """The dtype of time embedding, modulation and output: float32, whatever narrower dtype computes the blocks."""
-        return jnp.promote_types(self.dtype, jnp.float32)
-
     def __post_init__(self):
         check_config(self, ("num_classes", "patch", "dim", "num_layers", "num_heads", "mlp_ratio", "freq_dim"))
 
@@ -50,7 +51,7 @@ class Block(nn.Module):
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, x_blc, emb_bc):
+    def __call__(self, x_blc: Tokens, emb_bc: Float[Array, "b c"]) -> tuple[Tokens, None]:
         c = self.config
         modulation = dense(6 * c.dim, "modulation", dtype=c.wide, init=nn.initializers.zeros)(nn.silu(emb_bc))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation[:, None], 6, axis=-1)
@@ -63,29 +64,23 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """F or v of images x [b, h, w, channels] at times t [b] for labels [b] (int): [b, h, w, channels], float32."""
+    """F or v of images x at times t for labels: as x, float32."""
 
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, x, t, label):
+    def __call__(self, x: Float[Array, "b h w c"], t: Float[Array, " b"], label: Int[Array, " b"]) -> Array:
         c = self.config
         x, patch = x[:, None], (1, c.patch, c.patch)  # one frame
         x_blc = dense(c.dim, "patch_in", dtype=c.dtype, axes=("features", "embed"))(patchify(x, patch))
-        x_blc = x_blc + self.param(
-            "position", nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vector", "embed")), x_blc.shape[1:]
-        ).astype(c.dtype)
-        x_blc = split(x_blc, "batch", "tokens")
+        init = with_axes(nn.initializers.normal(0.02), "vector", "embed")
+        position = self.param("position", init, x_blc.shape[1:]).astype(c.dtype)
+        x_blc = split(x_blc + position, "batch", "tokens")
 
         frequencies = jnp.geomspace(1.0, c.max_frequency, c.freq_dim // 2)
         emb_bc = dense(c.dim, "time_in", dtype=c.wide)(sinusoids(t, frequencies))
         emb_bc = dense(c.dim, "time_out", dtype=c.wide)(nn.silu(emb_bc))
-        emb_bc = emb_bc + nn.Embed(
-            c.num_classes + 1,
-            c.dim,
-            name="label",
-            embedding_init=nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vector", "embed")),
-        )(label)
+        emb_bc = emb_bc + nn.Embed(c.num_classes + 1, c.dim, name="label", embedding_init=init)(label)
 
         x_blc, _ = stack(Block, c.num_layers, c.remat)(c, name="blocks")(x_blc, emb_bc)
 
@@ -94,3 +89,12 @@ class DiT(nn.Module):
         x_blc = layer_norm(x_blc) * (1 + scale) + shift
         out = dense(c.patch**2 * x.shape[-1], "patch_out", dtype=c.wide, init=nn.initializers.zeros)(x_blc)
         return unpatchify(split(out, "batch", "tokens"), patch, x.shape)[:, 0]
+
+
+NETWORK = Network(
+    config=DiTConfig,
+    module=DiT,
+    conditions=lambda config, shape: {"label": jax.ShapeDtypeStruct((), jnp.int32)},
+    smallest=lambda config: (config.patch, config.patch, 1),
+    patch=lambda config: (1, config.patch, config.patch),
+)

@@ -1,21 +1,38 @@
-"""Layers that the networks share. Shapes: b batch, l tokens, n heads, d features of a head, c model width."""
+"""Layers that networks share. Axes: b batch, t frames, h, w, c channels or width, l tokens, m of text, n heads of d."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
-from rcm_jax.kernels.attention import choices, flash_attention
+from rcm_jax.kernels.attention import choices, flash_attention  # pyright: ignore[reportMissingImports]
 from rcm_jax.parallel.sharding import RULES, activation_spec, check_sequence, current_mesh
 
+Embedding = Float[Array, "b c"]
+Tokens = Float[Array, "b l c"]
+Heads = Float[Array, "b l n d"]
+Turns = Float[Array, "l d/2"]  # cosines or sines of the angles of a rotary embedding
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # of the computation
 REMAT_POLICIES = {
     "none": None,  # keep everything: fastest, for small networks
     "full": jax.checkpoint_policies.nothing_saveable,
     "save_attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
 }
+
+
+class Config:
+    """Base of the configs of networks: `dtype` computes most of one, `wide` the rest."""
+
+    dtype: str
+
+    @property
+    def wide(self):
+        """float32, whatever narrower dtype is asked for: of time embedding, modulation, softmax, output and so on."""
+        return jnp.promote_types(self.dtype, jnp.float32)
 
 
 def check_config(config, sizes) -> None:
@@ -32,7 +49,7 @@ def check_config(config, sizes) -> None:
             raise ValueError(f"{name} {value!r} is none of {', '.join(values)}")
 
 
-def stack(block, length: int, remat: str):
+def stack(block, length: int, remat: str) -> Callable:
     """The module class of `length` blocks (x, *shared) -> (x, None) in one scan; parameters get a leading layer axis.
 
     Each block is computed again in the backward pass as the policy says; what is shared is given to every block.
@@ -44,9 +61,14 @@ def stack(block, length: int, remat: str):
         length=length,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+
+
+def with_axes(init: Callable, *axes: str) -> Callable[..., Array]:
+    """The initializer of a parameter with those logical axes. A module is given the array itself, out of its box."""
+    return nn.with_logical_partitioning(init, axes)  # pyright: ignore[reportReturnType]
 
 
 def dense(features, name, *, dtype, axes=("embed", "features"), init=None, use_bias=True):
@@ -57,23 +79,23 @@ def dense(features, name, *, dtype, axes=("embed", "features"), init=None, use_b
         dtype=dtype,
         name=name,
         use_bias=use_bias,
-        kernel_init=nn.with_logical_partitioning(init, axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("vector",)),
+        kernel_init=with_axes(init, *axes),
+        bias_init=with_axes(nn.initializers.zeros, "vector"),
     )
 
 
-def sinusoids(t, frequencies):
-    """[b] times -> [b, 2·len(frequencies)] cosines and sines, in float32 at least: the tangent needs it."""
+def sinusoids(t: Float[Array, " b"], frequencies: Float[Array | np.ndarray, " f"]) -> Float[Array, "b 2*f"]:
+    """Cosines and sines of times, in float32 at least: the tangent needs it."""
     angles = at_least_float32(t)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def at_least_float32(x):
+def at_least_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """x in float32, or as it is if it is wider (float64 is for tests)."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def layer_norm(x, epsilon=1e-6):
+def layer_norm(x: Float[Array, "... c"], epsilon: float = 1e-6) -> Float[Array, "... c"]:
     """LayerNorm without scale or bias over the last axis, in float32 at least; returns what it computed in."""
     x = at_least_float32(x)
     x = x - jnp.mean(x, axis=-1, keepdims=True)
@@ -86,9 +108,9 @@ class LayerNorm(nn.Module):
     epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, x):
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("vector",)), (x.shape[-1],))
-        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("vector",)), (x.shape[-1],))
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
+        scale = self.param("scale", with_axes(nn.initializers.ones, "vector"), (x.shape[-1],))
+        bias = self.param("bias", with_axes(nn.initializers.zeros, "vector"), (x.shape[-1],))
         return (layer_norm(x, self.epsilon) * scale + bias).astype(x.dtype)
 
 
@@ -98,15 +120,15 @@ class RMSNorm(nn.Module):
     epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, x):
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("vector",)), (x.shape[-1],))
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
+        scale = self.param("scale", with_axes(nn.initializers.ones, "vector"), (x.shape[-1],))
         wide = at_least_float32(x)
         y = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
         return (y * scale).astype(x.dtype)
 
 
-def attend(q, k, v, *, implementation="auto", cross=False):
-    """flash_attention of q [b, l, n, d] to k, v [b, m, n, d] on the mesh in use, if any: [b, l, n, d].
+def attend(q: Heads, k: Heads, v: Heads, *, implementation="auto", cross=False) -> Heads:
+    """flash_attention of q [b, l, n, d] to k, v [b, m, n, d] on the mesh in use, if any.
 
     Tokens come and go split over seq. Between, self-attention has all tokens of its share of the heads, by all-to-all
     (Ulysses, arXiv 2309.14509); JAX differentiates that in both modes. cross: every device has all keys and values of
@@ -130,14 +152,14 @@ def attend(q, k, v, *, implementation="auto", cross=False):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with per-head QK RMS-norm: [b, l, c] -> [b, l, c]."""
+    """Multi-head self-attention with per-head QK RMS-norm."""
 
     num_heads: int
-    dtype: jnp.dtype
+    dtype: str
     implementation: str = "auto"  # of flash_attention
 
     @nn.compact
-    def __call__(self, x_blc):
+    def __call__(self, x_blc: Tokens) -> Tokens:
         b, l, c = x_blc.shape
         heads = (b, l, self.num_heads, c // self.num_heads)
         q, k, v = jnp.split(dense(3 * c, "qkv", dtype=self.dtype)(x_blc), 3, axis=-1)
@@ -148,23 +170,23 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two dense layers with a GELU between, by tanh unless exact: [..., c] -> [..., c]."""
+    """Two dense layers with a GELU between, by tanh unless exact."""
 
     hidden: int
-    dtype: jnp.dtype
+    dtype: str
     use_bias: bool = True
     exact: bool = False
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
         h = dense(self.hidden, "up", dtype=self.dtype, use_bias=self.use_bias)(x)
         h = nn.gelu(h, approximate=not self.exact)
         axes = ("features", "embed")
         return dense(x.shape[-1], "down", dtype=self.dtype, axes=axes, use_bias=self.use_bias)(h)
 
 
-def patchify(x, patch):
-    """[b, t, h, w, c] -> [b, (t/pt)(h/ph)(w/pw), pt·ph·pw·c], in that order; ValueError unless patch divides."""
+def patchify(x: Float[Array, "b t h w c"], patch) -> Float[Array, "b l f"]:
+    """l = (t/pt)(h/ph)(w/pw) tokens of f = pt·ph·pw·c, in that order; ValueError unless patch divides."""
     b, t, h, w, c = x.shape
     pt, ph, pw = patch
     if t % pt or h % ph or w % pw:
@@ -173,16 +195,16 @@ def patchify(x, patch):
     return x.reshape(b, (t // pt) * (h // ph) * (w // pw), pt * ph * pw * c)
 
 
-def unpatchify(x_blc, patch, shape):
-    """The inverse of patchify, to the given [b, t, h, w, c]."""
+def unpatchify(x_blc: Float[Array, "b l f"], patch, shape) -> Float[Array, "b t h w c"]:
+    """The inverse of patchify, to the given shape."""
     b, t, h, w, c = shape
     pt, ph, pw = patch
     x = x_blc.reshape(b, t // pt, h // ph, w // pw, pt, ph, pw, c).transpose(0, 1, 4, 2, 5, 3, 6, 7)
     return x.reshape(shape)
 
 
-def rope_angles(grid, head_dim: int, ratios=(1.0, 1.0, 1.0)) -> list[np.ndarray]:
-    """Rotary angles of tokens on a (t, h, w) grid, one float64 table [t or h or w, pairs] for each axis.
+def rope_angles(grid, head_dim: int, ratios=(1.0, 1.0, 1.0)) -> list[Float[np.ndarray, "places pairs"]]:
+    """Rotary angles of tokens on a (t, h, w) grid, one float64 table for each axis.
 
     Of head_dim/2 pairs of features, height and width have head_dim // 6 each, time the rest; position p turns pair i
     of an axis with d features by p·theta^(−2i/d), theta = 10⁴·ratio^(d/(d−2)): a ratio above 1 slows the low
@@ -197,8 +219,8 @@ def rope_angles(grid, head_dim: int, ratios=(1.0, 1.0, 1.0)) -> list[np.ndarray]
     ]
 
 
-def rope_tables(grid, head_dim: int, dtype, ratios=(1.0, 1.0, 1.0)):
-    """(cos, sin) [t·h·w, head_dim/2] of rope_angles, spread from small tables: no large constant is compiled in."""
+def rope_tables(grid, head_dim: int, dtype, ratios=(1.0, 1.0, 1.0)) -> tuple[Turns, Turns]:
+    """(cos, sin) of rope_angles, spread over the grid's tokens from small tables: no large constant is compiled in."""
 
     def spread(f):
         time, rows, columns = (jnp.asarray(f(angles), dtype) for angles in rope_angles(grid, head_dim, ratios))
@@ -209,16 +231,16 @@ def rope_tables(grid, head_dim: int, dtype, ratios=(1.0, 1.0, 1.0)):
     return spread(np.cos), spread(np.sin)
 
 
-def rotate_pairs(x_blnd, cos, sin):
-    """Rotary embedding of neighbouring features (0, 1), (2, 3), … by tables [l, d/2]; returns the dtype of x."""
+def rotate_pairs(x_blnd: Heads, cos: Turns, sin: Turns) -> Heads:
+    """Rotary embedding of neighbouring features (0, 1), (2, 3), …; returns the dtype of x."""
     even, odd = x_blnd[..., 0::2], x_blnd[..., 1::2]
     cos, sin = cos[:, None], sin[:, None]  # the same for every head
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x_blnd.shape).astype(x_blnd.dtype)
 
 
-def rotate_halves(x_blnd, cos, sin):
-    """Rotary embedding of the pairs of features (i, i + d/2) by tables [l, d/2]; returns the dtype of x."""
+def rotate_halves(x_blnd: Heads, cos: Turns, sin: Turns) -> Heads:
+    """Rotary embedding of the pairs of features (i, i + d/2); returns the dtype of x."""
     first, second = jnp.split(x_blnd, 2, axis=-1)
     cos, sin = cos[:, None], sin[:, None]  # the same for every head
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x_blnd.dtype)

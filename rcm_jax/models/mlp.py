@@ -3,13 +3,16 @@
 import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from rcm_jax.models.layers import check_config, dense, sinusoids
+from rcm_jax.models.layers import Config, check_config, dense, sinusoids, with_axes
+from rcm_jax.models.records import Network
 
 
 @dataclasses.dataclass(frozen=True)
-class MLPConfig:
+class MLPConfig(Config):
     """Sizes of an MLP on vectors [b, features]; the label num_classes is the null class of guidance."""
 
     num_classes: int
@@ -20,17 +23,12 @@ class MLPConfig:
     max_frequency: float = 8.0  # per unit of time: higher resolves t better and makes dF/dt larger
     dtype: str = "float32"  # compute dtype; parameters, time embedding and output are float32
 
-    @property
-    def wide(self):
-        """The dtype of time embedding and output: float32, whatever narrower dtype computes the layers."""
-        return jnp.promote_types(self.dtype, jnp.float32)
-
     def __post_init__(self):
         check_config(self, ("num_classes", "features", "dim", "num_layers", "freq_dim"))
 
 
 class MLP(nn.Module):
-    """F or v of vectors x [b, features] at times t [b] for labels [b] (int): [b, features], float32.
+    """F or v of vectors x at times t for labels, float32.
 
     Every layer is residual and sees time and label. SiLU is smooth: the derivative in t is part of the method.
     """
@@ -38,18 +36,14 @@ class MLP(nn.Module):
     config: MLPConfig
 
     @nn.compact
-    def __call__(self, x, t, label):
+    def __call__(self, x: Float[Array, "b f"], t: Float[Array, " b"], label: Int[Array, " b"]) -> Float[Array, "b f"]:
         c = self.config
         if x.ndim != 2 or x.shape[-1] != c.features:
             raise ValueError(f"the MLP takes x of [b, features = {c.features}], got {list(x.shape)}")
         frequencies = jnp.geomspace(1.0, c.max_frequency, c.freq_dim // 2)
         emb_bc = dense(c.dim, "time", dtype=c.wide)(sinusoids(t, frequencies))
-        emb_bc = emb_bc + nn.Embed(
-            c.num_classes + 1,
-            c.dim,
-            name="label",
-            embedding_init=nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vector", "embed")),
-        )(label)
+        init = with_axes(nn.initializers.normal(1.0), "vector", "embed")
+        emb_bc = emb_bc + nn.Embed(c.num_classes + 1, c.dim, name="label", embedding_init=init)(label)
         emb_bc = nn.silu(emb_bc).astype(c.dtype)
 
         h_bc = dense(c.dim, "in", dtype=c.dtype, axes=("features", "embed"))(x)
@@ -57,3 +51,11 @@ class MLP(nn.Module):
             shift = dense(c.dim, f"condition_{i}", dtype=c.dtype, use_bias=False)(emb_bc)
             h_bc = h_bc + nn.silu(dense(c.dim, f"layer_{i}", dtype=c.dtype)(h_bc) + shift)
         return dense(c.features, "out", dtype=c.wide, init=nn.initializers.zeros)(h_bc)
+
+
+NETWORK = Network(
+    config=MLPConfig,
+    module=MLP,
+    conditions=lambda config, shape: {"label": jax.ShapeDtypeStruct((), jnp.int32)},
+    smallest=lambda config: (config.features,),
+)

@@ -9,12 +9,14 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
-from rcm_jax.models.layers import RMSNorm, check_config, dense, stack
+from rcm_jax.models.layers import Config, RMSNorm, Tokens, check_config, dense, stack, with_axes
+from rcm_jax.models.records import TextEncoder
 
 
 @dataclasses.dataclass(frozen=True)
-class T5Config:
+class T5Config(Config):
     """Sizes of an encoder, under the names that transformers gives them."""
 
     vocab_size: int
@@ -34,11 +36,6 @@ class T5Config:
     def dim(self):
         """The width of all heads together, which need not be d_model."""
         return self.num_heads * self.d_kv
-
-    @property
-    def wide(self):
-        """The dtype of scores and softmax: float32, whatever narrower dtype computes the rest."""
-        return jnp.promote_types(self.dtype, jnp.float32)
 
     def __post_init__(self):
         check_config(self, ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"))
@@ -73,7 +70,7 @@ PUBLISHED = {
 }
 
 
-def bucket_of_distance(distance, buckets: int = 32, most: int = 128):
+def bucket_of_distance(distance: Int[np.ndarray, "..."], buckets: int = 32, most: int = 128) -> Int[np.ndarray, "..."]:
     """The bucket of each distance, key − query (ints): half of them for keys that come later.
 
     In each half, half of the buckets hold one distance each, the others grow as powers do up to `most`.
@@ -86,14 +83,14 @@ def bucket_of_distance(distance, buckets: int = 32, most: int = 128):
 
 
 class RelativeBias(nn.Module):
-    """What the distances of l tokens add to the scores of every head: [n, l, l], query by key."""
+    """What the distances of l tokens add to the scores of every head, query by key."""
 
     config: T5Config
 
     @nn.compact
-    def __call__(self, length: int):
+    def __call__(self, length: int) -> Float[Array, "n l l"]:
         c = self.config
-        init = nn.with_logical_partitioning(nn.initializers.normal(c.d_model**-0.5), ("vector", "vector"))
+        init = with_axes(nn.initializers.normal(c.d_model**-0.5), "vector", "vector")
         table = self.param("table", init, (c.relative_attention_num_buckets, c.num_heads))
         sizes = c.relative_attention_num_buckets, c.relative_attention_max_distance
         of_distance = table[bucket_of_distance(np.arange(1 - length, length), *sizes)]
@@ -103,7 +100,7 @@ class RelativeBias(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of all tokens to all, with what is added to the scores [b or 1, n or 1, l, l]: [b, l, c] -> [b, l, c].
+    """Attention of all tokens to all, with what is added to the scores.
 
     In plain jnp: flash_attention takes no bias, and prompts have a few hundred tokens.
     """
@@ -111,7 +108,7 @@ class Attention(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x_blc, bias):
+    def __call__(self, x_blc: Tokens, bias: Float[Array, "b n l l"]) -> Tokens:
         c = self.config
 
         def project(name):
@@ -125,12 +122,12 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """relu(up x) or gelu(gate x) · up x, and back: [b, l, c] -> [b, l, c]."""
+    """relu(up x) or gelu(gate x) · up x, and back."""
 
     config: T5Config
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Tokens) -> Tokens:
         c = self.config
         h = dense(c.d_ff, "up", dtype=c.dtype, use_bias=False)(x)
         if c.feed_forward_proj == "relu":
@@ -143,24 +140,27 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Self-attention and feed-forward, both residual. A scan body: (x, ...) -> (x, None).
 
-    hidden is added to the scores as well as position, which is None where the block has its own.
+    padding, far below 0 where there is no token, is added to the scores, and so is position, which is None where the
+    block has its own.
     """
 
     config: T5Config
 
     @nn.compact
-    def __call__(self, x_blc, hidden, position):
+    def __call__(
+        self, x_blc: Tokens, padding: Float[Array, "b 1 1 l"], position: Float[Array, "n l l"] | None
+    ) -> tuple:
         c = self.config
         if position is None:
             position = RelativeBias(c, name="relative_bias")(x_blc.shape[1])
         h = RMSNorm(c.layer_norm_epsilon, name="attention_norm")(x_blc)
-        x_blc = x_blc + Attention(c, name="attention")(h, position + hidden)
+        x_blc = x_blc + Attention(c, name="attention")(h, position + padding)
         h = RMSNorm(c.layer_norm_epsilon, name="mlp_norm")(x_blc)
         return x_blc + FeedForward(c, name="mlp")(h), None
 
 
 class T5Encoder(nn.Module):
-    """Embeddings [b, l, d_model], in the config's dtype, of tokens ids [b, l] (ints) under mask [b, l], 0 where padded.
+    """Embeddings, in the config's dtype, of tokens ids under a mask that is 0 where padded.
 
     The last hidden state after the final norm, and zero where padded, as Wan and Cosmos-Predict2 both have it. ids must
     be below vocab_size (not checked). ValueError for other shapes.
@@ -169,16 +169,16 @@ class T5Encoder(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, ids, mask):
+    def __call__(self, ids: Int[Array, "b l"], mask: Int[Array, "b l"]) -> Float[Array, "b l d_model"]:
         c = self.config
         if ids.ndim != 2 or ids.shape != mask.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"ids must be ints [b, l], and so the mask, got {ids.dtype} {ids.shape} and {mask.shape}")
         mask = mask > 0
-        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vector", "embed"))
+        init = with_axes(nn.initializers.normal(1.0), "vector", "embed")
         x_blc = self.param("embedding", init, (c.vocab_size, c.d_model))[ids].astype(c.dtype)
         position = RelativeBias(c, name="relative_bias")(ids.shape[1]) if c.model_type == "t5" else None
-        hidden = jnp.where(mask, 0, jnp.finfo(c.wide).min).astype(c.wide)[:, None, None]
-        x_blc, _ = stack(Block, c.num_layers, "none")(c, name="blocks")(x_blc, hidden, position)
+        padding = jnp.where(mask, 0, jnp.finfo(c.wide).min).astype(c.wide)[:, None, None]
+        x_blc, _ = stack(Block, c.num_layers, "none")(c, name="blocks")(x_blc, padding, position)
         x_blc = RMSNorm(c.layer_norm_epsilon, name="norm_out")(x_blc)
         return jnp.where(mask[..., None], x_blc, 0)
 
@@ -187,3 +187,12 @@ def init(config: T5Config, key):
     """Boxed parameters (with logical axes) for that config, whatever length of prompts it is used on later."""
     ids = jnp.zeros((1, 1), jnp.int32)
     return T5Encoder(config).init(key, ids, ids)["params"]
+
+
+TEXT_ENCODER = TextEncoder(
+    config=T5Config,
+    module=T5Encoder,
+    width=lambda config: config.d_model,
+    tokens=lambda config: config.vocab_size,
+    published=PUBLISHED,
+)

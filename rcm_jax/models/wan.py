@@ -8,13 +8,18 @@ import dataclasses
 import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from rcm_jax.models.layers import (
+    Config,
     LayerNorm,
     Mlp,
     RMSNorm,
+    Tokens,
+    Turns,
     attend,
     check_config,
     dense,
@@ -25,14 +30,17 @@ from rcm_jax.models.layers import (
     sinusoids,
     stack,
     unpatchify,
+    with_axes,
 )
+from rcm_jax.models.records import Network
 from rcm_jax.parallel.sharding import split
 
+CLIP_TOKENS = 257  # of the image features of Wan2.1's image to video
 CLIP_EPS = 1e-5  # of the two norms around the image features, which the reference leaves at its framework's default
 
 
 @dataclasses.dataclass(frozen=True)
-class WanConfig:
+class WanConfig(Config):
     """Sizes of a Wan network, under the reference's names; defaults are what all published ones share."""
 
     dim: int
@@ -57,11 +65,6 @@ class WanConfig:
     @property
     def patch(self):
         return self.patch_size
-
-    @property
-    def wide(self):
-        """The dtype of modulation and output: float32, whatever narrower dtype computes the blocks."""
-        return jnp.promote_types(self.dtype, jnp.float32)
 
     def __post_init__(self):
         if isinstance(self.patch_size, list):  # as JSON has it
@@ -98,8 +101,8 @@ PUBLISHED = {
 }
 
 
-def _project(config, x, name, norm=None):
-    """[b, l, ...] -> [b, l, n, d]: a dense layer to all heads, and RMS-norm across all of them together."""
+def _project(config, x: Tokens, name: str, norm: str | None = None) -> Float[Array, "b l n d"]:
+    """A dense layer to all heads, and RMS-norm across all of them together."""
     y = dense(config.dim, name, dtype=config.dtype)(x)
     if norm:
         y = RMSNorm(config.eps, name=norm)(y)
@@ -108,16 +111,16 @@ def _project(config, x, name, norm=None):
 
 def _table(dim):
     """Initial values of a modulation table [rows, dim]."""
-    return nn.with_logical_partitioning(nn.initializers.normal(dim**-0.5), ("vector", "embed"))
+    return with_axes(nn.initializers.normal(dim**-0.5), "vector", "embed")
 
 
 class SelfAttention(nn.Module):
-    """Attention of all tokens to all, queries and keys turned by their place: [b, l, c] -> [b, l, c]."""
+    """Attention of all tokens to all, queries and keys turned by their place."""
 
     config: WanConfig
 
     @nn.compact
-    def __call__(self, x_blc, cos, sin):
+    def __call__(self, x_blc: Tokens, cos: Turns, sin: Turns) -> Tokens:
         c = self.config
         q = rotate_pairs(_project(c, x_blc, "q", "q_norm"), cos, sin)
         k = rotate_pairs(_project(c, x_blc, "k", "k_norm"), cos, sin)
@@ -126,19 +129,18 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention to text [b, m, c], plus attention of the same queries to image tokens, if there are: [b, l, c]."""
+    """Attention to text, plus attention of the same queries to image tokens, if there are."""
 
     config: WanConfig
 
     @nn.compact
-    def __call__(self, x_blc, text, image):
+    def __call__(self, x_blc: Tokens, text: Tokens, image: Tokens | None) -> Tokens:
         c = self.config
         q = _project(c, x_blc, "q", "q_norm")
         to = functools.partial(attend, q, implementation=c.attention, cross=True)
         o = to(_project(c, text, "k", "k_norm"), _project(c, text, "v"))
         if image is not None:
-            keys, values = _project(c, image, "k_image", "k_image_norm"), _project(c, image, "v_image")
-            o = o + to(keys, values)
+            o = o + to(_project(c, image, "k_image", "k_image_norm"), _project(c, image, "v_image"))
         return dense(c.dim, "out", dtype=c.dtype, axes=("features", "embed"))(o.reshape(x_blc.shape))
 
 
@@ -148,7 +150,9 @@ class Block(nn.Module):
     config: WanConfig
 
     @nn.compact
-    def __call__(self, x_blc, emb_b6c, text, image, cos, sin):
+    def __call__(
+        self, x_blc: Tokens, emb_b6c: Float[Array, "b 6 c"], text: Tokens, image: Tokens | None, cos: Turns, sin: Turns
+    ) -> tuple[Tokens, None]:
         c = self.config
         modulation = emb_b6c + self.param("modulation", _table(c.dim), (6, c.dim))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=1)
@@ -163,17 +167,23 @@ class Block(nn.Module):
 
 
 class Wan(nn.Module):
-    """v = eps − x0 of latents x [b, t, h, w, c] at times t [b] in 0..1000: [b, t, h, w, out_dim], float32.
+    """v = eps − x0 of latents x at times t in 0..1000, float32.
 
-    text [b, m, text_dim], m at most text_len, padded as in training (Wan: zeros up to text_len). For i2v also
-    y [b, t, h, w, in_dim − c] (mask and image latents) and, where clip_dim is not 0, clip_features [b, k, clip_dim].
-    ValueError for inputs that do not fit the config.
+    text, m at most text_len, is padded as in training (Wan: zeros up to text_len). For i2v also y (mask and image
+    latents) and, where clip_dim is not 0, clip_features. ValueError for inputs that do not fit the config.
     """
 
     config: WanConfig
 
     @nn.compact
-    def __call__(self, x, t, text, y=None, clip_features=None):
+    def __call__(
+        self,
+        x: Float[Array, "b t h w c"],
+        t: Float[Array, " b"],
+        text: Float[Array, "b m text_dim"],
+        y: Float[Array, "b t h w in_dim-c"] | None = None,
+        clip_features: Float[Array, "b k clip_dim"] | None = None,
+    ) -> Float[Array, "b t h w out_dim"]:
         c = self.config
         _check_inputs(c, x, t, text, y, clip_features)
         grid = tuple(n // p for n, p in zip(x.shape[1:4], c.patch_size, strict=True))
@@ -193,7 +203,7 @@ class Wan(nn.Module):
         text = nn.gelu(dense(c.dim, "text_in", dtype=c.dtype)(text))
         text = dense(c.dim, "text_out", dtype=c.dtype)(text)
         image = None
-        if c.clip_dim:
+        if clip_features is not None:
             image = LayerNorm(CLIP_EPS, name="image_norm_in")(clip_features.astype(c.dtype))
             image = nn.gelu(dense(c.clip_dim, "image_in", dtype=c.dtype)(image), approximate=False)
             image = LayerNorm(CLIP_EPS, name="image_norm_out")(dense(c.dim, "image_out", dtype=c.dtype)(image))
@@ -208,12 +218,13 @@ class Wan(nn.Module):
         return unpatchify(split(out, "batch", "tokens"), c.patch_size, out_shape)
 
 
-def _check_inputs(c: WanConfig, x, t, text, y, clip_features):
+def _check_inputs(c: WanConfig, x: Array, t: Array, text: Array, y: Array | None, clip_features: Array | None) -> None:
     """ValueError where the inputs of Wan are not what its docstring asks for."""
     if x.ndim != 5 or t.shape != x.shape[:1]:
         raise ValueError(f"x must be [b, t, h, w, c] and its times t [b], got {x.shape} and {t.shape}")
     if (y is None) != (c.model_type == "t2v") or (clip_features is None) != (c.clip_dim == 0):
-        wanted = "x and text" if c.model_type == "t2v" else "x, text and y" + ", and clip_features" * bool(c.clip_dim)
+        clip = ", and clip_features" if c.clip_dim else ""
+        wanted = "x and text" if c.model_type == "t2v" else f"x, text and y{clip}"
         raise ValueError(f"this network (model_type {c.model_type!r}, clip_dim {c.clip_dim}) takes {wanted}")
     channels = [x.shape[-1]] + ([] if y is None else [y.shape[-1]])
     if sum(channels) != c.in_dim or (y is not None and y.shape[:-1] != x.shape[:-1]):
@@ -225,12 +236,23 @@ def _check_inputs(c: WanConfig, x, t, text, y, clip_features):
         raise ValueError(f"clip_features must be [b, tokens, {c.clip_dim}], got {clip_features.shape}")
 
 
-def init(config: WanConfig, key):
-    """Boxed parameters (with logical axes) for that config, whatever sizes of latents it is used on later."""
-    x = jnp.zeros((1, *config.patch_size, config.out_dim))
-    inputs = {"text": jnp.zeros((1, 1, config.text_dim))}
+def _conditions(config: WanConfig, shape) -> dict:
+    """Text and, for image to video, what is known of the image."""
+    found = {"text": jax.ShapeDtypeStruct((config.text_len, config.text_dim), jnp.float32)}
     if config.model_type == "i2v":
-        inputs["y"] = jnp.zeros((*x.shape[:-1], config.in_dim - config.out_dim))
+        found["y"] = jax.ShapeDtypeStruct((*shape[:-1], config.in_dim - config.out_dim), jnp.float32)
     if config.clip_dim:
-        inputs["clip_features"] = jnp.zeros((1, 1, config.clip_dim))
-    return Wan(config).init(key, x, jnp.zeros(1), **inputs)["params"]
+        found["clip_features"] = jax.ShapeDtypeStruct((CLIP_TOKENS, config.clip_dim), jnp.float32)
+    return found
+
+
+NETWORK = Network(
+    config=WanConfig,
+    module=Wan,
+    conditions=_conditions,
+    smallest=lambda config: (*config.patch_size, config.out_dim),
+    patch=lambda config: config.patch_size,
+    parametrization="rectified_flow",
+    time_scale=1000.0,
+    published=PUBLISHED,
+)

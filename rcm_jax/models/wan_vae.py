@@ -11,9 +11,11 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from rcm_jax.kernels.attention import flash_attention
-from rcm_jax.models.layers import at_least_float32, check_config
+from rcm_jax.kernels.attention import flash_attention  # pyright: ignore[reportMissingImports]
+from rcm_jax.models.layers import Config, at_least_float32, check_config, with_axes
+from rcm_jax.models.records import Autoencoder
 
 # Of the latents of the published weights, by channel: x0 = (mu − mean)/std has unit variance.
 LATENT_MEAN = (
@@ -24,12 +26,13 @@ LATENT_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916,
 )  # fmt: skip
+Video = Float[Array, "b t h w c"]  # of pixels, of latents or between
 # What the reference's config can say and the published network says: nothing else is built.
 ONLY = {"attn_scales": (), "dropout": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
-class WanVAEConfig:
+class WanVAEConfig(Config):
     """Sizes under the reference's names; defaults are those of the published network."""
 
     dim: int = 96  # channels at full resolution
@@ -48,11 +51,6 @@ class WanVAEConfig:
         """Frames, rows and columns of pixels to one of latents."""
         side = 2 ** len(self.temperal_downsample)
         return 2 ** sum(self.temperal_downsample), side, side
-
-    @property
-    def wide(self):
-        """The dtype of latents and pixels as they come out: float32, whatever narrower dtype computes them."""
-        return jnp.promote_types(self.dtype, jnp.float32)
 
     def __post_init__(self):
         for name in ("dim_mult", "attn_scales", "temperal_downsample", "latents_mean", "latents_std"):
@@ -82,15 +80,15 @@ class Norm(nn.Module):
     """x / rms(x) · scale over the channels, in float32 at least; returns the dtype of x. Zeros stay zeros."""
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
         c = x.shape[-1]
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("vector",)), (c,))
+        scale = self.param("scale", with_axes(nn.initializers.ones, "vector"), (c,))
         wide = at_least_float32(x)
         length = jnp.linalg.norm(wide, axis=-1, keepdims=True)
         return (wide / jnp.maximum(length, 1e-12) * math.sqrt(c) * scale).astype(x.dtype)
 
 
-def conv(features: int, window, name: str, dtype, *, strides=1, padding="SAME"):
+def conv(features: int, window, name: str, dtype, *, strides: int | tuple = 1, padding: str | tuple = "SAME"):
     """nn.Conv with logical axes on its parameters; over rows and columns of every frame if the window has two sides."""
     axes = (*("vector" for _ in window), "embed", "features")
     return nn.Conv(
@@ -100,17 +98,17 @@ def conv(features: int, window, name: str, dtype, *, strides=1, padding="SAME"):
         padding=padding,
         dtype=dtype,
         name=name,
-        kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("vector",)),
+        kernel_init=with_axes(nn.initializers.lecun_normal(), *axes),
+        bias_init=with_axes(nn.initializers.zeros, "vector"),
     )
 
 
-def no_frames(x):
+def no_frames(x: Video) -> Float[Array, "b 2 h w c"]:
     """What a causal convolution sees before the first frame of x: two frames of zeros."""
     return jnp.zeros_like(x, shape=(x.shape[0], 2, *x.shape[2:]))
 
 
-def causal_conv(x, past, features: int, name: str, dtype, side: int = 3):
+def causal_conv(x: Video, past: Video | None, features: int, name: str, dtype, side: int = 3) -> tuple[Video, Video]:
     """(convolution over each frame of x and the two before it, the last two frames); past [b, 2, …], or None: zeros."""
     x = jnp.concatenate([no_frames(x) if past is None else past, x], axis=1)
     edge = (side // 2, side // 2)
@@ -118,13 +116,13 @@ def causal_conv(x, past, features: int, name: str, dtype, side: int = 3):
 
 
 class Block(nn.Module):
-    """Two causal convolutions, each of the normalised SiLU, residual: [b, t, h, w, c] -> [b, t, h, w, features]."""
+    """Two causal convolutions, each of the normalised SiLU, residual."""
 
     features: int
     dtype: str
 
     @nn.compact
-    def __call__(self, x, cache):
+    def __call__(self, x: Video, cache: dict) -> tuple[Float[Array, "b t h w f"], dict]:
         h, after = x, {}
         for norm, name in (("norm1", "conv1"), ("norm2", "conv2")):
             h = nn.silu(Norm(name=norm)(h))
@@ -135,12 +133,12 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every place of a frame attends to all of that frame, with one head, residual: [b, t, h, w, c] to the same."""
+    """Every place of a frame attends to all of that frame, with one head, residual."""
 
     dtype: str
 
     @nn.compact
-    def __call__(self, x, cache):
+    def __call__(self, x: Video, cache: dict) -> tuple[Video, dict]:
         b, t, h, w, c = x.shape
         qkv = conv(3 * c, (1, 1), "qkv", self.dtype)(Norm(name="norm")(x)).reshape(b * t, h * w, 1, 3 * c)
         # Not "auto": a head as wide as the model is not what the kernels are made for.
@@ -155,7 +153,7 @@ class Downsample(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x, cache):
+    def __call__(self, x: Video, cache: dict) -> tuple[Float[Array, "b s h/2 w/2 c"], dict]:
         c = x.shape[-1]
         x = conv(c, (3, 3), "conv", self.dtype, strides=2, padding=((0, 1), (0, 1)))(x)
         if not self.in_time:
@@ -163,7 +161,7 @@ class Downsample(nn.Module):
         after = {"time_conv": x[:, -1:]}
         if cache:
             x = jnp.concatenate([cache["time_conv"], x], axis=1)
-        y = x[:, : 0 if cache else 1]
+        y = x[:, :0] if cache else x[:, :1]
         if x.shape[1] > 1:
             rest = conv(c, (3, 1, 1), "time_conv", self.dtype, strides=(2, 1, 1), padding="VALID")(x)
             y = jnp.concatenate([y, rest], axis=1)
@@ -180,7 +178,7 @@ class Upsample(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x, cache):
+    def __call__(self, x: Video, cache: dict) -> tuple[Float[Array, "b s 2*h 2*w c/2"], dict]:
         after = {}
         if self.in_time:
             past = cache["time_conv"] if cache else no_frames(x)
@@ -210,7 +208,7 @@ def _stages(c: WanVAEConfig, dim_mult, blocks: int, resample, in_time):
     return layers
 
 
-def _run(x, cache, layers, features: tuple[int, int], dtype):
+def _run(x: Video, cache: dict, layers, features: tuple[int, int], dtype) -> tuple[Video, dict]:
     """(y, cache) of layers between two causal convolutions to so many features."""
     after = {}
     x, after["conv_in"] = causal_conv(x.astype(dtype), cache.get("conv_in"), features[0], "conv_in", dtype)
@@ -222,16 +220,16 @@ def _run(x, cache, layers, features: tuple[int, int], dtype):
 
 
 class Encoder(nn.Module):
-    """(pixels [b, t, h, w, 3] in [-1, 1], cache) -> (mean mu of the latents [b, t', h/8, w/8, z_dim], cache).
+    """(pixels in [-1, 1], cache) -> (mean mu of the latents, cache).
 
-    At the start (cache {}) t is 1 + 4n and t' is 1 + n, later they are 4n and n: n frames of latents. mu is float32 at
+    At the start (cache {}) t is 1 + 4n and s is 1 + n, later they are 4n and n: n frames of latents. mu is float32 at
     least. ValueError for other sizes, with the nearest that fit.
     """
 
     config: WanVAEConfig
 
     @nn.compact
-    def __call__(self, x, cache):
+    def __call__(self, x: Float[Array, "b t h w 3"], cache: dict) -> tuple[Float[Array, "b s h/8 w/8 z_dim"], dict]:
         c = self.config
         check_pixels(c, x.shape, started=bool(cache))
         layers = _stages(c, c.dim_mult, c.num_res_blocks, Downsample, c.temperal_downsample) + _middle(c)
@@ -241,16 +239,16 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(latents mu [b, t, h, w, z_dim], cache) -> (pixels [b, t', 8h, 8w, 3], cache).
+    """(latents mu, cache) -> (pixels, cache).
 
-    At the start (cache {}) t' is 1 + 4(t − 1), later 4t. Pixels are float32 at least and may leave [-1, 1] a little.
+    At the start (cache {}) s is 1 + 4(t − 1), later 4t. Pixels are float32 at least and may leave [-1, 1] a little.
     ValueError for inputs of other shapes.
     """
 
     config: WanVAEConfig
 
     @nn.compact
-    def __call__(self, x, cache):
+    def __call__(self, x: Float[Array, "b t h w z_dim"], cache: dict) -> tuple[Float[Array, "b s 8*h 8*w 3"], dict]:
         c = self.config
         check_latents(c, x.shape)
         layers = _middle(c)
@@ -290,9 +288,12 @@ def _near(number: int, step: int, *, least: int) -> list[int]:
 def init(config: WanVAEConfig, key):
     """Boxed parameters (with logical axes) {"encoder": …, "decoder": …} for that config, for videos of any size."""
     step, *units = config.stride
-    inputs = (Encoder, jnp.zeros((1, 1 + step, *units, 3))), (Decoder, jnp.zeros((1, 2, 1, 1, config.z_dim)))
+    pixels, latents = jnp.zeros((1, 1 + step, *units, 3)), jnp.zeros((1, 2, 1, 1, config.z_dim))
     keys = jax.random.split(key)
     return {
-        network.__name__.lower(): network(config).init(k, x, {})["params"]
-        for k, (network, x) in zip(keys, inputs, strict=True)
+        "encoder": Encoder(config).init(keys[0], pixels, {})["params"],
+        "decoder": Decoder(config).init(keys[1], latents, {})["params"],
     }
+
+
+AUTOENCODER = Autoencoder(WanVAEConfig, Encoder, Decoder, check_pixels, check_latents, PUBLISHED)

@@ -19,7 +19,8 @@ from safetensors.numpy import load_file
 
 from rcm_jax import convert
 from rcm_jax.convert import table, wan
-from rcm_jax.models.wan import PUBLISHED, WanConfig, init
+from rcm_jax.models import init
+from rcm_jax.models.wan import PUBLISHED, WanConfig
 from rcm_jax.parallel.sharding import RULES, MeshConfig, make_mesh, partition_spec
 from tests.tiny import cases, stem
 from tests.wan import KINDS, TINY, golden_config

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rcm_jax.convert.files import DTYPES, open_tensors, write_tensors
+from rcm_jax.convert.files import SAFETENSORS, open_tensors, write_tensors
 from rcm_jax.convert.lazy import LazyTensor
 
 
 def tensors():
     """Every dtype, a matrix that is not contiguous, a number and an empty one, in no alphabetical order."""
-    every = {f"z.{name}": np.arange(6).reshape(2, 3).astype(dtype) for name, dtype in DTYPES.items()}
+    every = {f"z.{name}": np.arange(6).reshape(2, 3).astype(dtype) for name, dtype in SAFETENSORS.items()}
     return every | {"turned": np.arange(6, dtype=np.float32).reshape(2, 3).T, "0-d": np.array(3), "a": np.zeros((0, 4))}
 
 
@@ -56,7 +56,7 @@ def test_every_dtype_and_shape_comes_back(tmp_path):
     assert_same(open_tensors(tmp_path / "out"), expected)
     held, metadata = by_hand(path)
     assert metadata == {"format": "pt"}
-    for name in DTYPES:
+    for name in SAFETENSORS:
         assert held[f"z.{name}"] == (name, [2, 3], expected[f"z.{name}"].tobytes())
     assert held["turned"] == ("F32", [3, 2], expected["turned"].tobytes())
 

@@ -30,7 +30,7 @@ def test_every_tensor_of_the_real_checkpoints_has_one_place(path):
     abstract = {name: jax.ShapeDtypeStruct(tuple(shape), jnp.bfloat16) for name, shape in names.items()}
     assert convert.recognise("wan_vae", abstract, config) == layout
     recorded = json.loads((path.parent / "index.json").read_text())[path.stem]
-    assert recorded["params"] == sum(map(math.prod, convert.MODELS["wan_vae"].shapes(config).values()))
+    assert recorded["params"] == sum(map(math.prod, convert.shapes_of("wan_vae", config).values()))
     if layout == "diffusers":
         described = wan_vae.described(config, layout)
         assert recorded["config"].items() <= described.items()

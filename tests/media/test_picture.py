@@ -1,10 +1,12 @@
-"""Grids of images and PNG files."""
+"""Grids of images, points in the plane and PNG files."""
+
+import sys
 
 import imageio.v3 as imageio
 import numpy as np
 import pytest
 
-from rcm_jax.media.picture import grid, save_png
+from rcm_jax.media.picture import SERIES, figure, grid, save_png, scatter
 
 
 def test_layout():
@@ -42,6 +44,30 @@ def test_broken_values_are_drawn():
 def test_bad_images(images, options, message):
     with pytest.raises(ValueError, match=message):
         grid(images, 2, **options)
+
+
+def test_points_are_drawn_where_they_are_in_the_colours_of_their_classes():
+    points = np.array([[0, 0], [1, 0.5], [-1, -1], [1.2, 0], [np.nan, 0]])
+    image = scatter(points, np.array([0, 1, 5, 0, 0]), size=21, reach=1.0)
+    drawn = {(row, column): image[row, column] for row, column in np.argwhere((image != 1).any(axis=-1)).tolist()}
+    assert set(drawn) == {(10, 10), (5, 20), (20, 0)}  # up is up, and the others are left out
+    for place, color in {(10, 10): SERIES[0], (5, 20): SERIES[1], (20, 0): SERIES[5 % len(SERIES)]}.items():
+        assert "#" + "".join(f"{round(255 * value):02x}" for value in drawn[place]) == color
+    assert grid(image[None], 1).shape == (23, 23, 3)
+
+
+def test_a_density_is_shaded_under_points():
+    image = scatter(np.zeros((1, 2)), [0], size=21, reach=1.0, density=lambda x: np.exp(-10 * (x[:, 1] - 0.5) ** 2))
+    rows = image.mean(axis=(1, 2))
+    assert rows.argmin() == 5 and rows.min() < 0.75 and rows.max() > 0.9
+    assert (image[10, 10] < image[10, 9]).any()
+
+
+def test_a_figure_says_how_to_install_what_draws_it(monkeypatch):
+    assert figure(2, 1).get_size_inches().tolist() == [2, 1]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"matplotlib is not installed: pip install 'rcm-jax\[demo\]'"):
+        figure(2, 1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

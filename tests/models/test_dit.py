@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rcm_jax.kernels import attention
-from rcm_jax.models import DiTConfig
+from rcm_jax.models.dit import DiTConfig
 from tests import tiny
 from tests.tiny import assert_trees_close, relative, x64
 

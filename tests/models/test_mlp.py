@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcm_jax.models import MLP, NETWORKS, MLPConfig
+from rcm_jax.models import network_of
+from rcm_jax.models.mlp import MLP, MLPConfig
 from tests import tiny
 from tests.tiny import perturbed, relative, x64
 
@@ -37,7 +38,7 @@ def test_a_fresh_network_predicts_zero_in_float32():
     out = MLP(CONFIG).apply({"params": nn.meta.unbox(boxed())}, X, T, LABEL)
     assert (out.shape, out.dtype) == ((6, 2), jnp.float32)
     np.testing.assert_array_equal(out, 0)
-    assert NETWORKS[MLPConfig] is MLP
+    assert network_of(CONFIG).module is MLP
 
 
 def test_output_depends_on_input_time_and_label_and_samples_do_not_mix():

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from rcm_jax.kernels import attention
-from rcm_jax.models import NETWORKS
+from rcm_jax.models import init, network_of
 from rcm_jax.models.layers import REMAT_POLICIES, patchify, rope_tables, unpatchify
-from rcm_jax.models.wan import Block, Wan, WanConfig, init
+from rcm_jax.models.wan import Block, Wan
 from tests import tiny
 from tests.tiny import assert_trees_close, cases, columns, relative, stem, x64
 from tests.wan import KINDS, TINY, channels_first, channels_last, golden_config, golden_params, inputs, random_params
@@ -389,7 +389,7 @@ def test_sizes_that_do_not_fit_are_refused_with_their_numbers(change, message):
 
 def test_fields_of_a_json_file_make_the_same_config():
     assert replace(TINY, patch_size=[1, 2, 2], t5_tokens=6) == replace(TINY, t5_tokens=6)
-    assert NETWORKS[WanConfig] is Wan
+    assert network_of(TINY).module is Wan
     assert hash(TINY) == hash(replace(TINY))
 
 

@@ -1,0 +1,55 @@
+"""What each module of this folder exports of itself: all that the rest must know of a network, in one record."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+
+NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+class Network(NamedTuple):
+    """A diffusion network: module(config) is applied to (x [b, *shape], its own time [b], **conditions)."""
+
+    config: type
+    module: type[nn.Module]
+    conditions: Callable[[Any, tuple], dict[str, jax.ShapeDtypeStruct]]  # (config, shape of x) -> those of one sample
+    smallest: Callable[[Any], tuple]  # config -> a shape of x that it takes; parameters depend on no other
+    patch: Callable[[Any], Any] = lambda config: None  # frames, rows, columns of latents in a token; None: no tokens
+    parametrization: str = "trigflow"  # what it predicts unless a config says otherwise; rcm_jax.method.denoiser
+    time_scale: float = 1.0  # it is given time_scale × its own time
+    published: Mapping[str, Any] = NONE
+
+
+class TextEncoder(NamedTuple):
+    """module(config) is applied to (tokens [b, l], mask [b, l]): embeddings [b, l, width(config)]."""
+
+    config: type
+    module: type[nn.Module]
+    width: Callable[[Any], int]
+    tokens: Callable[[Any], int]  # how many there are
+    published: Mapping[str, Any] = NONE
+
+
+class Autoencoder(NamedTuple):
+    """Both halves are applied to (chunk of a video, cache) and return (chunk, cache).
+
+    check_pixels(config, shape) and check_latents(config, shape) raise ValueError for what cannot be.
+    """
+
+    config: type
+    encoder: type[nn.Module]
+    decoder: type[nn.Module]
+    check_pixels: Callable
+    check_latents: Callable
+    published: Mapping[str, Any] = NONE
+
+
+def record_of(table: Mapping, config):
+    """The record of a config in a table of records; ValueError if there is none."""
+    for record in table.values():
+        if record.config is type(config):
+            return record
+    raise ValueError(f"{type(config).__name__} is of none of {', '.join(table)}: it has no line in that table")
