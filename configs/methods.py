@@ -1,4 +1,4 @@
-"""Methods by name, for any training config: --config=configs/digits.py:scm or, with a variant, :tiny,dcm.
+"""Methods by name, for any training config: --config=digits.py:scm or, with a variant, :tiny,dcm.
 
 | name | trains by |
 |---|---|
@@ -9,90 +9,106 @@
 | sct | consistency with the data alone: no teacher, from random parameters |
 | dcm, dcm_dmd | consistency in discrete time, alone and with DMD |
 | dmd, dmd_fixed | DMD alone, its rollouts at random times and at the mid times of the sampler |
+
+A variant or a method is a function Experiment -> Experiment.
 """
 
-from ml_collections import ConfigDict
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+
+from ml_collections import ConfigDict, config_dict
+
+from rcm_jax.method.objectives import DcmConfig
+from rcm_jax.run.experiment import Experiment
+from rcm_jax.util.config import revise, to_mapping
+
+Change = Callable[[Experiment], Experiment]
 
 
-def choose(config: ConfigDict, variant: str, variants: dict) -> ConfigDict:
+def choose(run: Experiment, variant: str, variants: Mapping[str, Change]) -> Experiment:
     """Applies what is named in `variant`, separated by commas: keys of `variants`, then one method at most.
 
     A key of `variants` that is the name of a method takes its place.
     """
-    names, known = list(filter(None, variant.split(","))), METHODS | variants
+    names, known = [name.strip().lower() for name in variant.split(",") if name.strip()], METHODS | dict(variants)
     for name in names:
         if name not in known:
             raise ValueError(f"variant {name!r} is none of {', '.join(known)}")
     if len(chosen := [name for name in names if name in METHODS]) > 1:
         raise ValueError(f"variant {variant!r} names {len(chosen)} methods, {', '.join(chosen)}: choose one")
     for name in sorted(names, key=lambda name: name in METHODS):
-        known[name](config)
-    return config
+        run = known[name](run)
+    return run
 
 
-def student_updates(config) -> int:
+def flagged(run: Experiment) -> ConfigDict:
+    """As flags need it: every key can be set, those that are None by their type, groups left out by any key of them."""
+
+    def absent(field, hint):
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if "kinds" in field.metadata or any(dataclasses.is_dataclass(option) for option in options):
+            return {}
+        return config_dict.placeholder(next(option for option in options if option is not types.NoneType))
+
+    return ConfigDict(to_mapping(run, absent))
+
+
+def student_updates(run: Experiment) -> int:
     """Those of rCM: the other methods have as many."""
-    return config.rcm.warmup + -(-(config.train.steps - config.rcm.warmup) // config.rcm.dmd.update_freq)
+    return run.rcm.warmup + -(-(run.train.steps - run.rcm.warmup) // run.rcm.dmd.update_freq)
 
 
-def scm(config):
-    config.train.steps = student_updates(config)
-    config.rcm.dmd = None
+def scm(run):
+    return revise(run, {"train.steps": student_updates(run), "rcm.dmd": None, "rcm.fake_score": None})
 
 
-def scm_semi(config):
-    scm(config)
-    config.rcm.consistency.derivative = "semi"
+def scm_semi(run):
+    return revise(scm(run), {"rcm.consistency.derivative": "semi"})
 
 
-def scm_discrete(config):
-    scm(config)
-    config.rcm.consistency.derivative = "discrete"
+def scm_discrete(run):
+    return revise(scm(run), {"rcm.consistency.derivative": "discrete"})
 
 
-def rcm_adaptive(config):
-    config.rcm.consistency.weighting = config.rcm.student.copy_and_resolve_references()
-    config.rcm.consistency.weighting.update(learning_rate=1e-2, weight_decay=0.0)
+def rcm_adaptive(run):
+    return revise(run, {"rcm.weighting": dataclasses.replace(run.rcm.student, learning_rate=1e-2, weight_decay=0.0)})
 
 
-def scm_adaptive(config):
-    rcm_adaptive(config)
-    scm(config)
+def scm_adaptive(run):
+    return scm(rcm_adaptive(run))
 
 
-def sct(config):
-    scm(config)
-    config.rcm.consistency.velocity = "data"
-    config.rcm.guidance = 1.0
-    config.teacher, config.pretrain, config.exact_teacher = "", None, False
+def sct(run):
+    changes = {"rcm.consistency.follows": "data", "rcm.guidance": 1.0}
+    return revise(scm(run), changes | {"teacher": "", "pretrain": None, "exact_teacher": False})
 
 
-def dcm_dmd(config):
-    config.train.steps = student_updates(config) * config.rcm.dmd.update_freq
-    config.rcm.consistency = ConfigDict(
-        dict(kind="dcm", steps=48, skip=1, shift=5.0, scale=config.rcm.consistency.scale, weighting=None)
-    )
-    config.rcm.warmup = 0  # there is no tangent
+def dcm_dmd(run):
+    changes = {
+        "train.steps": student_updates(run) * run.rcm.dmd.update_freq,
+        "rcm.consistency": DcmConfig(scale=run.rcm.consistency.scale),
+        "rcm.warmup": 0,  # there is no tangent
+    }
+    return revise(run, changes)
 
 
-def dcm(config):
-    dcm_dmd(config)
-    scm(config)
+def dcm(run):
+    return scm(dcm_dmd(run))
 
 
-def dmd(config):
-    config.train.steps = student_updates(config) * config.rcm.dmd.update_freq
-    config.rcm.consistency = None
-    config.rcm.warmup = 0
+def dmd(run):
+    steps = student_updates(run) * run.rcm.dmd.update_freq
+    return revise(run, {"train.steps": steps, "rcm.consistency": None, "rcm.warmup": 0})
 
 
-def dmd_fixed(config):
-    dmd(config)
-    config.rcm.dmd.mid_times = config.sampling.mid_times[config.rcm.dmd.max_rollout - 1]
+def dmd_fixed(run):
+    return revise(dmd(run), {"rcm.dmd.mid_times": run.sampling.mid_times[run.rcm.dmd.max_rollout - 1]})
 
 
-METHODS = {
-    "rcm": lambda config: None,
+METHODS: dict[str, Change] = {
+    "rcm": lambda run: run,
     "rcm_adaptive": rcm_adaptive,
     "scm": scm,
     "scm_semi": scm_semi,

@@ -1,6 +1,6 @@
 """A labelled mixture of Gaussians in the plane, whose teacher is known exactly: the claim of rCM in minutes.
 
-python scripts/train.py --config=configs/mixture.py --workdir=DIR
+python scripts/train.py --config=mixture.py --workdir=DIR
 python scripts/compare.py --workdir=DIR
 
 The first takes 1.7 minutes on two cores, pretraining and report included; the second trains seven methods on three
@@ -12,6 +12,14 @@ seeds in 22 and shows that DMD alone loses 3 to 8 of the 12 modes where rCM lose
 from ml_collections import ConfigDict
 
 from configs import methods
+from rcm_jax.data import MixtureConfig
+from rcm_jax.method.objectives import DiffusionConfig, DmdConfig, ScmConfig
+from rcm_jax.method.trigflow import LogNormal
+from rcm_jax.models.mlp import MLPConfig
+from rcm_jax.run.experiment import Experiment, PretrainConfig, SamplingConfig
+from rcm_jax.train.optimizer import OptimizerConfig
+from rcm_jax.train.steps import DiffusionMethod, RcmConfig
+from rcm_jax.train.trainer import TrainConfig
 
 # (weight, mean, deviation, class) of each mode, standardised when loaded.
 MODES = (
@@ -28,69 +36,37 @@ MODES = (
     (0.07, (0.10, -1.50), 0.050, 2),
     (0.03, (-1.20, 1.50), 0.080, 2),
 )
+# Too small a network to make the whole way in one step exactly: where the two halves of rCM differ.
+MODEL = MLPConfig(num_classes=3, dim=32, num_layers=2)
+PRETRAIN = PretrainConfig(
+    method=DiffusionMethod(
+        DiffusionConfig(),
+        OptimizerConfig(2e-3, b1=0.9, b2=0.99, weight_decay=0.0, decay_steps=4000, final_scale=0.02),
+    ),
+    train=TrainConfig(steps=4000, batch_size=256, checkpoint_every=10_000, sample_every=500, keep=1),
+)
+# lambda = dmd.scale/consistency.scale over the dimension's sqrt(2e6/D) = 1000 is 0.001 here, a tenth of the paper's: in
+# two dimensions the gradient of DMD is noisy for its size (scripts/compare.py shows lambda from 0 to 1). p_D is low,
+# too: what tells the modes apart are noise levels far below those that matter in large latents. Guidance above 1 would
+# lead the teacher's ODE elsewhere than to the mixture: nearer to fewer modes.
+RCM = RcmConfig(
+    student=OptimizerConfig(3e-3, b2=0.99, weight_decay=0.0, decay_steps=4000),
+    fake_score=OptimizerConfig(3e-4, b2=0.99, weight_decay=0.0),
+    consistency=ScmConfig(LogNormal(-0.4, 1.6), scale=1.0),
+    dmd=DmdConfig(LogNormal(-1.2, 1.6)),
+    warmup=1000,
+)
+EXPERIMENT = Experiment(
+    model=MODEL,
+    data=MixtureConfig(*zip(*MODES, strict=True)),
+    pretrain=PRETRAIN,
+    exact_teacher=True,  # F_T in closed form; the pretrained network is where student and fake score start
+    rcm=RCM,
+    train=TrainConfig(steps=16_000, batch_size=256, checkpoint_every=10_000, sample_every=500, keep=1),
+    sampling=SamplingConfig(mid_times=((), (0.8,), (1.0, 0.5), (1.1, 0.6, 0.25))),  # of 1, 2, 3 and 4 steps
+)
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """All keys; change any from the command line, e.g. --config.rcm.guidance=2.0."""
-    config = ConfigDict()
-    config.seed = 0
-    weights, means, stds, labels = zip(*MODES, strict=True)
-    config.data = dict(kind="mixture", weights=weights, means=means, stds=stds, labels=labels, examples=65_536, seed=0)
-    # Too small a network to make the whole way in one step exactly: where the two halves of rCM differ.
-    config.model = dict(
-        kind="mlp", num_classes=3, features=2, dim=32, num_layers=2, freq_dim=32, max_frequency=8.0, dtype="float32"
-    )
-    config.parametrization = "trigflow"
-    config.time_scale = 1.0
-    config.mesh = dict(data=-1, fsdp=1, seq=1)
-    config.teacher = ""
-    config.exact_teacher = True  # F_T in closed form; the pretrained network is where student and fake score start
-
-    loop = dict(batch_size=256, log_every=100, checkpoint_every=10_000, sample_every=500, keep=1, wandb=False)
-    loop |= dict(accumulate=1, offload=False, asynchronous=False)
-    adamw = dict(b1=0.0, b2=0.99, eps=1e-8, weight_decay=0.0, warmup_steps=100)
-    config.pretrain = dict(
-        method=dict(
-            time=dict(kind="log_normal", mean=-0.8, std=1.6),
-            drop_condition=0.1,
-            ema_std=0.05,
-            optimizer=dict(adamw, learning_rate=2e-3, b1=0.9, decay_steps=4000, final_scale=0.02),
-        ),
-        train=dict(loop, steps=4000),
-    )
-    # lambda = dmd.scale/consistency.scale over the dimension's sqrt(2e6/D) = 1000 is 0.001 here, a tenth of the
-    # paper's: in two dimensions the gradient of DMD is noisy for its size (scripts/compare.py shows lambda from 0 to
-    # 1). p_D is low, too: what tells the modes apart are noise levels far below those that matter in large latents.
-    config.rcm = dict(
-        guidance=1.0,  # above 1 the teacher's ODE ends elsewhere than in the mixture: nearer to fewer modes
-        warmup=1000,
-        student=dict(adamw, learning_rate=3e-3, decay_steps=4000, final_scale=0.0),
-        ema_std=0.05,
-        consistency=dict(
-            kind="scm",
-            time=dict(kind="log_normal", mean=-0.4, std=1.6),
-            scale=1.0,
-            velocity="teacher",
-            derivative="jvp",
-            warmup_form="paper",
-            limit="norm",
-            weighting=None,
-        ),
-        dmd=dict(
-            time=dict(kind="log_normal", mean=-1.2, std=1.6),
-            fake_score=dict(adamw, learning_rate=3e-4, decay_steps=0, final_scale=0.0),
-            scale=1.0,
-            update_freq=5,
-            max_rollout=4,
-            rollout_length="drawn",
-            mid_times=(),  # random
-        ),
-    )
-    config.train = dict(loop, steps=16_000)
-    config.sampling = dict(
-        sigma_max=80.0,
-        mid_times=((), (0.8,), (1.0, 0.5), (1.1, 0.6, 0.25)),  # of 1, 2, 3 and 4 steps
-        teacher_shift=1.0,
-        teacher_solver="euler",
-    )
-    return methods.choose(config, variant, {})
+    """For flags: any key can be changed from the command line, e.g. --config.rcm.guidance=2.0."""
+    return methods.flagged(methods.choose(EXPERIMENT, variant, {}))

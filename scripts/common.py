@@ -1,5 +1,6 @@
 """What the scripts share: flags, configs from files, errors in one line."""
 
+import functools
 import math
 import os
 import pathlib
@@ -12,10 +13,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # run from a checkout without installing
-
-
-NO_TYPE = "a config key that is None in its file cannot be set from the command line: edit the file"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+sys.path.insert(0, str(ROOT))  # run from a checkout without installing
 
 
 def run(main: Callable[[], None]) -> None:
@@ -37,14 +37,13 @@ def run(main: Callable[[], None]) -> None:
             fail(error)
 
     def parse(argv):
+        argv[:] = sys.argv[:] = [found_config(arg) for arg in argv]
         try:
             return flags.FLAGS(argv)
-        except TypeError as error:
-            fail(NO_TYPE if "NoneType" in str(error) else error)
-        except (AttributeError, KeyError) as error:  # an override of a key that the config lacks
+        except (AttributeError, KeyError) as error:  # an override of a key in a group that the config lacks
             fail("unknown config key: " + re.sub(r"\\n|[\\'\"]", " ", str(error.args[0])))
-        except (flags.Error, ValueError, OSError) as error:
-            fail(NO_TYPE if "NoneType" in str(error) else error)
+        except (flags.Error, TypeError, ValueError, OSError) as error:
+            fail(error)
 
     app.run(guarded, flags_parser=parse)
 
@@ -71,6 +70,40 @@ def bytes_bar(label: str, size: int) -> tqdm:
     return tqdm(total=size, desc=label, unit="B", unit_scale=True, dynamic_ncols=True, mininterval=often)
 
 
-def config_flag() -> flags.FlagHolder:
-    """--config=FILE with overrides --config.key=value."""
-    return config_flags.DEFINE_config_file("config", None, "File with get_config(); --config.KEY=VALUE changes a key.")
+def config_flag(words: str = "", default: str | None = None) -> flags.FlagHolder:
+    """--config=FILE[:variants] with overrides --config.key=value; configs/ may be left out of FILE."""
+    words = words or "File with get_config(); --config.KEY=VALUE changes a key."
+    return config_flags.DEFINE_config_file(
+        "config", default, words, lock_config=False, accept_new_attributes=True
+    )  # unknown keys are named by `experiment`, together with those that there are
+
+
+def found_config(argument: str) -> str:
+    """--config=digits or --config=digits.py:scm as --config=…/configs/digits.py:scm, where that is a file."""
+    match = re.fullmatch(r"(--?config=)([^:]+?)(\.py)?(:.*)?", argument)
+    if match and not pathlib.Path(f"{match[2]}.py").exists():
+        path = CONFIGS / f"{match[2]}.py"
+        if path.exists():
+            return f"{match[1]}{path}{match[4] or ''}"
+    return argument
+
+
+def experiment(flag: flags.FlagHolder):
+    """The Experiment of --config with the overrides of the command line; ValueError that names a bad key.
+
+    A group whose kind is changed keeps nothing of what the other kind had.
+    """
+    from rcm_jax.run.experiment import Experiment  # after the script has set what JAX reads when it is imported
+    from rcm_jax.util.config import build
+
+    values = flag.value.to_dict()
+    changed = config_flags.get_override_values(flags.FLAGS[flag.name])
+    for path in changed:
+        if path.endswith(".kind"):
+            groups = path.split(".")[:-1]
+            group = functools.reduce(dict.__getitem__, groups, values)
+            for key in list(group):
+                place = ".".join([*groups, key])
+                if not any(other == place or other.startswith(f"{place}.") for other in changed):
+                    del group[key]
+    return build(Experiment, values)

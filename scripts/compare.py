@@ -13,18 +13,19 @@ import time
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from configs import methods
-from rcm_jax.train import checkpoint, trainer
-from rcm_jax.run import pipeline
+from rcm_jax.data import MixtureConfig
 from rcm_jax.evaluate import mixture_report
 from rcm_jax.evaluate.mixture import evaluate
+from rcm_jax.evaluate.report import in_steps
+from rcm_jax.run import pipeline
+from rcm_jax.run.experiment import Experiment
+from rcm_jax.train import checkpoint, trainer
 from rcm_jax.train.steps import student_updates
+from rcm_jax.util.config import revise
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", str(pathlib.Path(__file__).parent.parent / "configs/mixture.py"), "A config of rCM on a mixture."
-)
+CONFIG = common.config_flag("A config of rCM on a mixture.", default=str(common.CONFIGS / "mixture.py"))
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs and the comparison go.")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "One run of every method for each.")
 flags.mark_flags_as_required(["workdir"])
@@ -35,28 +36,24 @@ RUNS |= {f"rCM, λ = {value:g}": ("rcm", value) for value in LAMBDAS}
 POINTS = 8  # of the curves
 
 
-def values_of(method: str, weight: float | None, seed: int, start: str) -> dict:
-    """The config of one run; it starts from the network in `start`, or ("") pretrains one."""
-    config = CONFIG.value.copy_and_resolve_references()
-    config.seed = seed
-    config.teacher = start
+def variant(run: Experiment, method: str, weight: float | None, seed: int, start: str) -> Experiment:
+    """One run; it starts from the network in `start`, or ("") pretrains one."""
+    run = revise(run, {"seed": seed, "teacher": start})
     if weight is not None:
         features = 2
-        config.rcm.dmd.scale = weight * math.sqrt(2e6 / features) * config.rcm.consistency.scale
-    methods.METHODS[method](config)
-    config.train.keep = POINTS
-    config.train.checkpoint_every = max(1, config.train.steps // POINTS)
-    return config.to_dict()
+        run = revise(run, {"rcm.dmd.scale": weight * math.sqrt(2e6 / features) * run.rcm.consistency.scale})
+    run = methods.METHODS[method](run)
+    return revise(run, {"train.keep": POINTS, "train.checkpoint_every": max(1, run.train.steps // POINTS)})
 
 
-def run_seed(folder: pathlib.Path, seed: int):
+def run_seed(run: Experiment, folder: pathlib.Path, seed: int):
     """Yields (name, judge, trained) of every run."""
     start, judge = "", None
     for name, (method, weight) in RUNS.items():
         workdir = folder / (method if weight is None else f"{method}_{weight:g}")
-        trained = pipeline.train(values_of(method, weight, seed, start), workdir)
+        trained = pipeline.train(variant(run, method, weight, seed, start), workdir)
         start = start or str(trained.teacher_folder)
-        judge = judge or mixture_report.make_judge(trained.run, trained.network)
+        judge = judge or mixture_report.make_judge(trained.run, trained.program.network)
         yield name, judge, trained
 
 
@@ -72,17 +69,17 @@ def curve(judge, trained) -> list[tuple[int, float]]:
 
 def main():
     started = time.time()
-    config = CONFIG.value
-    if config.data.kind != "mixture" or config.rcm.consistency is None or config.rcm.dmd is None:
+    run = common.experiment(CONFIG)
+    if not isinstance(run.data, MixtureConfig) or run.rcm.consistency is None or run.rcm.dmd is None:
         raise ValueError("--config must be of rCM on a mixture: the other methods are made from it, so name none")
     folder = pathlib.Path(WORKDIR.value)
     results, pictures, curves = {mixture_report.FLOOR: []}, {}, {}
     try:
         for seed in map(int, SEEDS.value):
-            for name, judge, trained in run_seed(folder / f"seed{seed}", seed):
+            for name, judge, trained in run_seed(run, folder / f"seed{seed}", seed):
                 samples = judge.samples(trained.state.ema)
                 for steps, points in samples.items():
-                    row = results.setdefault(f"{name}, {steps} step{'s' * (steps > 1)}", [])
+                    row = results.setdefault(f"{name}, {in_steps(steps)}", [])
                     row.append(evaluate(points, judge.reference))
                 if name not in pictures:
                     pictures[name] = [mixture_report.picture(judge.reference, x) for x in samples.values()]
@@ -93,7 +90,8 @@ def main():
         raise SystemExit(130) from None
     plots = {"map error of one step": {}, "map error of one step, rCM": {}}
     for name, points in curves.items():
-        plots["map error of one step" + ", rCM" * name.startswith("rCM")][name] = points
+        title = "map error of one step, rCM" if name.startswith("rCM") else "map error of one step"
+        plots[title][name] = points
     print(mixture_report.write_comparison(folder / "comparison", results, pictures, plots))
     print(f"{folder / 'comparison'}: report.png, report.json ({(time.time() - started) / 60:.1f} min)")
 

@@ -5,14 +5,14 @@ of cosmos-predict2 or of diffusers; which one is seen by the names. DIR becomes 
 """
 
 import common  # noqa: I001  (puts the checkout on the path)
-import dataclasses
 import pathlib
 
 import jax
 import jax.numpy as jnp
 from absl import flags, logging
 
-from rcm_jax.train import checkpoint
+from rcm_jax.run import workdir
+from rcm_jax.run.experiment import Predictor
 from rcm_jax import convert
 from rcm_jax.convert.files import open_tensors
 from rcm_jax.util.files import check_new_folder
@@ -20,7 +20,7 @@ from rcm_jax.util.files import check_new_folder
 MODEL = flags.DEFINE_string("model", None, f"{', '.join(convert.PUBLISHED)}, or a JSON file as config.model.")
 SRC = flags.DEFINE_string("src", None, "A .safetensors, .safetensors.index.json, .pth or .pt file, or a folder of one.")
 DST = flags.DEFINE_string("dst", None, "The workdir to make: new or empty.")
-DTYPE = flags.DEFINE_enum("dtype", "keep", ["keep", *convert.DTYPES], "Of the parameters that are written.")
+DTYPE = flags.DEFINE_enum("dtype", "keep", ["keep", *convert.PUBLISHED_DTYPES], "Of the parameters that are written.")
 PREFIX = flags.DEFINE_string("prefix", None, "Take the tensors under this prefix alone, e.g. net_ema.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what would be done, check all names and shapes, write nothing.")
 flags.mark_flags_as_required(["model", "src", "dst"])
@@ -48,8 +48,7 @@ def main():
         params = convert.from_reference(kind, tensors, config, dtype=dtype, progress=bar.update)
     print("writing")
     logging.set_verbosity(logging.ERROR)  # orbax warns of the format that is chosen on purpose
-    model = dataclasses.asdict(config) | {"kind": kind}
-    checkpoint.write_params(DST.value, {"model": model} | convert.MODELS[kind].generator, params)
+    workdir.write_converted(DST.value, Predictor(config), params)
     print(f"{DST.value}: done; --config.teacher={DST.value} distils it")
 
 

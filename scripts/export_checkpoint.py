@@ -14,10 +14,12 @@ from absl import flags
 
 from rcm_jax.train import checkpoint
 from rcm_jax import convert
-from rcm_jax.run import experiment
+from rcm_jax.models import NETWORKS
+from rcm_jax.run import workdir
 from rcm_jax.convert.files import write_tensors
 from rcm_jax.convert.lazy import LazyTensor
 from rcm_jax.convert.table import cast
+from rcm_jax.util.config import kind_of
 from rcm_jax.util.files import check_new_folder
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir of scripts/train.py or convert_checkpoint.py.")
@@ -26,7 +28,10 @@ STEP = flags.DEFINE_integer("checkpoint_step", None, "Training step of the check
 LAYOUT = flags.DEFINE_string("layout", "diffusers", "official, rcm or diffusers.")
 DST = flags.DEFINE_string("dst", None, "The folder to make: new or empty.")
 DTYPE = flags.DEFINE_enum(
-    "dtype", "keep", ["keep", *convert.DTYPES], "Of what is written; modulation, time embedding and norms stay wide."
+    "dtype",
+    "keep",
+    ["keep", *convert.PUBLISHED_DTYPES],
+    "Of what is written; modulation, time embedding and norms stay wide.",
 )
 SHARD_GB = flags.DEFINE_float(
     "shard_gb", None, "Most of one file, in 10⁹ bytes; by default 10 for diffusers, else all."
@@ -37,9 +42,8 @@ flags.mark_flags_as_required(["checkpoint", "dst"])
 
 def main():
     jax.config.update("jax_platforms", "cpu")  # leave accelerators to whoever trains on them
-    values = checkpoint.read_config(CHECKPOINT.value)
-    run = experiment.from_mapping(values)
-    kind = values["model"]["kind"]
+    run = workdir.read(CHECKPOINT.value)
+    kind = kind_of(NETWORKS, run.model)
     if kind not in convert.GENERATORS:
         raise ValueError(f"{CHECKPOINT.value} holds a {kind}; what can be exported is {', '.join(convert.GENERATORS)}")
     convert.check_layout(kind, run.model, LAYOUT.value)

@@ -1,8 +1,8 @@
 """What a run needs, before a cluster is booked: its programs are compiled here for chips that are not.
 
-    python scripts/plan.py --config=configs/wan_14b.py --topology=v5p:4x4x8 [--config.mesh.fsdp=16 --config.mesh.seq=8]
-    python scripts/plan.py --config=configs/cosmos_14b.py --topology=h100:8x8 [--sweep]
-    python scripts/plan.py --config=configs/wan_14b.py --topology=h100:8x8 --topology=h100:16x8 --out=curve.png
+    python scripts/plan.py --config=wan_14b.py --topology=v5p:4x4x8 [--config.mesh.fsdp=16 --config.mesh.seq=8]
+    python scripts/plan.py --config=cosmos_14b.py --topology=h100:8x8 [--sweep]
+    python scripts/plan.py --config=wan_14b.py --topology=h100:8x8 --topology=h100:16x8 --out=curve.png
 
 No accelerator, data, teacher or much memory is needed; TPUs (v5e, v5p, v6e) need libtpu, GPUs (h100, h200: hosts ×
 GPUs of each) JAX's CUDA plugin, without the CUDA libraries that it would bring. VERSION is that of jax:
@@ -63,14 +63,16 @@ def main():
         raise ValueError("--out draws a table: give --topology several times, and a name that ends in .png")
     if (PER_CHIP.value and not several) or (SWEEP.value and several):
         raise ValueError("--batch_per_chip is for several topologies, --sweep for one")
-    values = CONFIG.value.to_dict()
+    run = common.experiment(CONFIG)
     if several:
-        return compare(values)
+        compare(run)
+        return
     [topology] = TOPOLOGY.value
     chip, devices = chips.devices(topology)
     if SWEEP.value:
-        return try_all(values, chip, devices)
-    programs = prepare(values, chip, devices)
+        try_all(run, chip, devices)
+        return
+    programs = prepare(run, chip, devices)
     print(report.head(programs, chip, topology), flush=True)
     planned = {}
     for name, one in report.plan(programs, chip):
@@ -79,22 +81,22 @@ def main():
     print(report.summary(programs, planned, chip))
 
 
-def try_all(values, chip, devices):
+def try_all(run, chip, devices):
     """Prints every candidate as it is done, and at the end, or when it is stopped, those so far by rank."""
     rows = []
     try:
-        for row in sweep.sweep(values, chip, devices, REMAT.value):
+        for row in sweep.sweep(run, chip, devices, REMAT.value):
             rows.append(row)
             print(f"{len(rows)}: {row.mesh} {row.remat}: {row.words}", flush=True)
     finally:
         print(sweep.table(rows))
 
 
-def compare(values):
+def compare(run):
     """Prints a line for each topology, and draws them."""
     print(f"{sweep.HEAD}\n|{'---|' * (sweep.HEAD.count('|') - 1)}", flush=True)
     rows = []
-    for topology, row in sweep.scale(values, TOPOLOGY.value, PER_CHIP.value):
+    for topology, row in sweep.scale(run, TOPOLOGY.value, PER_CHIP.value):
         rows.append((topology, row))
         print(sweep.line(topology, row), flush=True)
     if OUT.value:

@@ -1,7 +1,7 @@
-"""Train: python scripts/train.py --config=configs/digits.py --workdir=DIR [--config.key=value …]
+"""Train: python scripts/train.py --config=digits.py --workdir=DIR [--config.key=value …]
 
 Pretrains a teacher in DIR/teacher if config.teacher names none, distils it into DIR, and writes DIR/report/ for data
-that are pictures of classes or a mixture. Started again on the same DIR it goes on from the newest checkpoint.
+that can be shown as they are. Started again on the same DIR it goes on from the newest checkpoint.
 
 On several hosts start the same command on each: with --distributed where SLURM, Kubernetes, a Cloud TPU or MPI say who
 is who, else with --coordinator=HOST:PORT --processes=N --process=I. DIR must be the same folder for all.
@@ -16,9 +16,6 @@ from absl import flags
 from rcm_jax.parallel import distributed
 from rcm_jax.run import pipeline
 from rcm_jax.train import trainer
-from rcm_jax.data import DigitsConfig, MixtureConfig
-from rcm_jax.evaluate.distillation import write_distillation_report
-from rcm_jax.evaluate.mixture_report import write_mixture_report
 
 CONFIG = common.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics, samples and the report go.")
@@ -27,7 +24,6 @@ COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, 
 PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
 PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
 flags.mark_flags_as_required(["config", "workdir"])
-REPORTS = {DigitsConfig: write_distillation_report, MixtureConfig: write_mixture_report}
 
 
 def main():
@@ -36,7 +32,7 @@ def main():
         distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     say = print if distributed.first() else lambda *_: None
     try:
-        trained = pipeline.train(CONFIG.value.to_dict(), WORKDIR.value)
+        trained = pipeline.train(common.experiment(CONFIG), WORKDIR.value)
     except trainer.Interrupted as stop:
         say(stop)
         raise SystemExit(130) from None  # not finished, as a shell says it
@@ -45,11 +41,20 @@ def main():
             distributed.leave(error)
         raise
     say(f"trained in {(time.time() - started) / 60:.1f} min: {WORKDIR.value}")
-    write_report = REPORTS.get(type(trained.run.data))
-    if write_report and distributed.several():
+    report(trained, started, say)
+
+
+def report(trained, started: float, say) -> None:
+    """Writes the report that goes with how the data are shown; says so where there is none."""
+    from rcm_jax.evaluate import reports  # which training does not need
+
+    if reason := reports.no_report(trained.dataset):
+        say(reason)
+        return
+    if distributed.several():
         trained = pipeline.on_host(trained)
-    if write_report and distributed.first():
-        print(write_report(trained))
+    if distributed.first():
+        print(reports.REPORTS[trained.dataset.view](trained))
         print(f"{trained.folder / 'report'}: report.png, report.json ({(time.time() - started) / 60:.1f} min in all)")
 
 

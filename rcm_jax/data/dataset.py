@@ -8,6 +8,9 @@ import grain
 import jax
 import numpy as np
 
+# How samples are shown: images in a grid, a row for each class; points in the plane; latents, which take a decoder.
+VIEWS = ("grid", "scatter", "video")
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -20,8 +23,15 @@ class Dataset:
     test: Any | None
     uncond: Any  # the conditions that guidance replaces, without the leading axis: null class, negative prompt
     num_classes: int | None  # None: not of classes
-    to_image: Callable | None  # x0 [n, ...] -> numpy images in [0, 1]; None: it takes a decoder, or is no image
+    view: str  # how samples are shown; VIEWS
+    to_image: Callable | None = None  # of a grid: x0 [n, ...] -> numpy images in [0, 1]
     velocity: Callable | None = None  # F(params, x, t, cond) of the data themselves, where it is known; ignores params
+
+    def __post_init__(self):
+        if self.view not in VIEWS or (self.view == "grid") != (self.to_image is not None):
+            raise ValueError(
+                f"view {self.view!r} must be one of {', '.join(VIEWS)}; a grid, and no other, has to_image"
+            )
 
     @property
     def first(self) -> dict:
@@ -51,7 +61,7 @@ def random_access(examples):
     return Examples(examples) if isinstance(examples, Mapping) else examples
 
 
-def batches(examples, batch_size: int, seed: int, rows=slice(None)) -> grain.DatasetIterator:
+def batches(examples, batch_size: int, seed: int, rows: np.ndarray | slice = slice(None)) -> grain.DatasetIterator:
     """Endless shuffled batches [batch_size, ...]; get_state and set_state of the iterator are its position.
 
     rows: those of every batch that are read, the others being for other processes. The position is that of them all.

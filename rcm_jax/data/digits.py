@@ -3,10 +3,9 @@
 import dataclasses
 
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from rcm_jax.data.dataset import Dataset
+from rcm_jax.util.extras import require
 
 HELD_OUT = 360
 
@@ -20,17 +19,22 @@ def load(config: DigitsConfig) -> Dataset:
     """1,437 training and 360 held-out images, the classes in equal parts, the same split every time.
 
     Pixels 0..16 are shifted and scaled by one mean and one deviation, those of the training split: unit variance.
+    ValueError that says how to install scikit-learn, for it is an extra.
     """
+    require("sklearn", "demo", "the digits")
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     pixels, labels = load_digits(return_X_y=True)
     images = pixels.reshape(-1, 8, 8, 1).astype(np.float32) / 16
-    train, test, train_labels, test_labels = train_test_split(
-        images, labels.astype(np.int32), test_size=HELD_OUT, stratify=labels, random_state=0
-    )
+    parts = train_test_split(images, labels.astype(np.int32), test_size=HELD_OUT, stratify=labels, random_state=0)
+    train, test, train_labels, test_labels = map(np.asarray, parts)
     mean, std = float(train.mean()), float(train.std())
     return Dataset(
         train={"x0": (train - mean) / std, "cond": {"label": train_labels}},
         test={"x0": (test - mean) / std, "cond": {"label": test_labels}},
         uncond={"label": np.int32(10)},
         num_classes=10,
+        view="grid",
         to_image=lambda x0: np.clip(np.asarray(x0) * std + mean, 0, 1),
     )

@@ -32,13 +32,13 @@ SHARD = re.compile(r"latents-(\d{5,})-of-(\d{5,})\.array_record")
 # A group of one: a random read does not read its neighbours. Latents barely compress, and are read faster plain.
 OPTIONS = "group_size:1,uncompressed"
 # By their names in safetensors, whose own reader of bytes into numpy knows no bfloat16.
-DTYPES = {
+STORED_DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
     "I32": np.dtype(np.int32),  # conditions such as token ids and labels, not x0
 }
-ALLOWED = ", ".join(dtype.name for dtype in DTYPES.values())
+ALLOWED = ", ".join(dtype.name for dtype in STORED_DTYPES.values())
 
 Spec = dict[str, tuple[np.dtype, tuple[int, ...]]]  # name -> dtype, shape
 
@@ -47,12 +47,10 @@ Spec = dict[str, tuple[np.dtype, tuple[int, ...]]]  # name -> dtype, shape
 class LatentsConfig:
     """A folder as `write` makes it, and the shape of x0 without the batch axis: [t, h, w, c]."""
 
-    path: str
-    shape: tuple[int, ...]
+    path: str = ""
+    shape: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if not self.path:
-            raise ValueError("path is empty: it must name a folder of latents")
         if not self.shape or min(self.shape) < 1:
             raise ValueError(f"shape must be the sizes of x0, [t, h, w, c], got {list(self.shape)}")
 
@@ -60,8 +58,11 @@ class LatentsConfig:
 def load(config: LatentsConfig) -> Dataset:
     """The examples as a random-access source, all for training: x0 float32, conditions in their stored dtypes.
 
-    ValueError if the folder is not whole, or its first record does not fit config.shape or uncond.safetensors.
+    ValueError if there is no folder, it is not whole, or its first record does not fit config.shape or
+    uncond.safetensors.
     """
+    if not config.path:
+        raise ValueError("config.data.path is empty: it must name a folder of latents")
     folder = pathlib.Path(config.path)
     examples = Latents(_shard_paths(folder))
     if (shape := examples.spec["x0"][1]) != config.shape:
@@ -71,7 +72,7 @@ def load(config: LatentsConfig) -> Dataset:
         raise ValueError(f"{folder} has no {UNCOND}: the condition of guidance, with the names of the conditions")
     uncond = _decode(path.read_bytes(), path)
     _check_uncond(uncond, examples.spec, path)
-    return Dataset(train=examples, test=None, uncond=uncond, num_classes=None, to_image=None)
+    return Dataset(train=examples, test=None, uncond=uncond, num_classes=None, view="video")
 
 
 class Latents:
@@ -84,7 +85,7 @@ class Latents:
         self.paths = paths
         with futures.ThreadPoolExecutor(16) as pool:
             self.shards = list(pool.map(_open, paths))
-        self.ends = list(itertools.accumulate(len(shard) for shard in self.shards))
+        self.ends = list(itertools.accumulate(len(shard) for shard in self.shards))  # pyright: ignore[reportArgumentType]
         if not len(self):
             raise ValueError(f"{paths[0].parent} holds no example: its {len(paths)} files are empty")
         tensors, where = self._read(0)
@@ -224,16 +225,16 @@ def _decode(data: bytes, where) -> dict[str, np.ndarray]:
         found = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{where} is not in safetensors: {error}") from None
-    if bad := [f"{name} is {tensor['dtype']}" for name, tensor in found if tensor["dtype"] not in DTYPES]:
-        raise ValueError(f"{where}: {', '.join(bad)}; tensors must be {', '.join(DTYPES)}")
-    return {name: np.frombuffer(t["data"], DTYPES[t["dtype"]]).reshape(t["shape"]) for name, t in found}
+    if bad := [f"{name} is {tensor['dtype']}" for name, tensor in found if tensor["dtype"] not in STORED_DTYPES]:
+        raise ValueError(f"{where}: {', '.join(bad)}; tensors must be {', '.join(STORED_DTYPES)}")
+    return {name: np.frombuffer(t["data"], STORED_DTYPES[t["dtype"]]).reshape(t["shape"]) for name, t in found}
 
 
 def _arrays(tensors: Mapping, where) -> dict[str, np.ndarray]:
     """Finite arrays in row-major order: safetensors.numpy.save takes others, but stores them wrong."""
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     for name, array in arrays.items():
-        if array.dtype not in DTYPES.values():
+        if array.dtype not in STORED_DTYPES.values():
             raise ValueError(f"{where}: {name} is {array.dtype}; tensors must be {ALLOWED}")
         if bad := array.size - np.count_nonzero(np.isfinite(array)):
             raise ValueError(f"{where}: {bad} of {array.size} elements of {name} are not finite")
@@ -249,7 +250,7 @@ def _show(spec: Spec) -> str:
 
 
 def _check_x0(spec: Spec, where) -> None:
-    if "x0" not in spec or spec["x0"][0] == DTYPES["I32"]:
+    if "x0" not in spec or spec["x0"][0] == STORED_DTYPES["I32"]:
         raise ValueError(f"{where} holds {_show(spec)}; x0 must be among them, in a float dtype")
 
 

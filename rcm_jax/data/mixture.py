@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 from scipy.special import logsumexp
 
 from rcm_jax.data.dataset import Dataset
@@ -44,15 +45,15 @@ class MixtureConfig:
 
 
 class Mixture(NamedTuple):
-    """weights [k] of sum 1, means [k, 2], stds [k] and labels [k] (int), such that the data have mean 0 and variance 1.
+    """k modes whose weights have sum 1, such that the data have mean 0 and variance 1.
 
     The variance is the mean of those of the two coordinates: both are scaled by the same number.
     """
 
-    weights: np.ndarray
-    means: np.ndarray
-    stds: np.ndarray
-    labels: np.ndarray
+    weights: Float[np.ndarray, " k"]
+    means: Float[np.ndarray, "k 2"]
+    stds: Float[np.ndarray, " k"]
+    labels: Int[np.ndarray, " k"]
 
     @property
     def num_classes(self) -> int:
@@ -68,8 +69,8 @@ def standardise(config: MixtureConfig) -> Mixture:
     return Mixture(weights, means / unit, stds / unit, np.asarray(config.labels))
 
 
-def velocity(mixture: Mixture, x, t, label):
-    """The exact TrigFlow velocity E[c·eps − s·x0 | x_t = x] of a class: x [b, 2], t [b], label [b] -> [b, 2], as x.
+def velocity(mixture: Mixture, x: Float[Array, "b 2"], t: Float[Array, " b"], label: Int[Array, " b"]) -> Array:
+    """The exact TrigFlow velocity E[c·eps − s·x0 | x_t = x] of a class, in the shape and dtype of x.
 
     The label num_classes, the null class, stands for all modes. A mode of mean mu and deviation sigma has, with
     v = c²·sigma² + s², E[x0 | x] = mu + (c·sigma²/v)·(x − c·mu) and E[eps | x] = (s/v)·(x − c·mu), hence
@@ -97,15 +98,15 @@ def sample(mixture: Mixture, rng: np.random.Generator, n: int) -> tuple[np.ndarr
     return x0.astype(np.float32), mixture.labels[mode].astype(np.int32), mode
 
 
-def log_density(mixture: Mixture, x, label: int | None = None) -> np.ndarray:
-    """log p(x | label) of points x [n, 2] in float64, [n]; of all modes without a label."""
-    label = np.int64(mixture.num_classes if label is None else label)
-    mass = mixture.weights[_of_class(mixture, label[None])[0]].sum()
-    return logsumexp(_log_terms(mixture, x, np.full(len(x), label)), axis=1) - np.log(mass)
+def log_density(mixture: Mixture, x: Float[np.ndarray, "n 2"], label: int | None = None) -> Float[np.ndarray, " n"]:
+    """log p(x | label) of points x in float64; of all modes without a label."""
+    labels = np.array([mixture.num_classes if label is None else label])
+    mass = mixture.weights[_of_class(mixture, labels)[0]].sum()
+    return logsumexp(_log_terms(mixture, x, labels.repeat(len(x))), axis=1) - np.log(mass)
 
 
-def mode_of(mixture: Mixture, x, label) -> np.ndarray:
-    """The most probable mode [n], among those of its class, of each of x [n, 2] with label [n]."""
+def mode_of(mixture: Mixture, x: Float[np.ndarray, "n 2"], label: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """The most probable mode, among those of its class, of each of x with its label."""
     return np.argmax(_log_terms(mixture, x, np.asarray(label)), axis=1)
 
 
@@ -122,7 +123,7 @@ def load(config: MixtureConfig) -> Dataset:
         test=examples(1, HELD_OUT),
         uncond={"label": np.int32(mixture.num_classes)},
         num_classes=mixture.num_classes,
-        to_image=None,
+        view="scatter",
         velocity=lambda params, x, t, cond: velocity(mixture, x, t, cond["label"]),
     )
 

@@ -28,7 +28,7 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if 0 < len(missing) < 3:
         raise ValueError(f"{' and '.join(missing)} is missing: give --coordinator, --processes and --process, or none")
-    if not missing and not 0 <= process < processes:
+    if process is not None and processes is not None and not 0 <= process < processes:
         raise ValueError(f"--process={process} must be from 0 to {processes - 1}, as --processes={processes}")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
@@ -58,7 +58,7 @@ def wait(name: str) -> None:
 def local_rows(batch_size: int, mesh) -> np.ndarray:
     """The rows of a global batch that the devices of this process hold, rising."""
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in places]))
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in places]))
 
 
 def global_batch(rows, batch_size: int, mesh):

@@ -23,8 +23,6 @@ RULES = {
     "layers": None,  # the scanned axis
     "vector": None,  # biases, norm scales, rows of small tables
 }
-
-
 LARGEST_WHOLE = 2**20  # elements (4 MiB in float32): a larger parameter must be split where RULES say so
 
 

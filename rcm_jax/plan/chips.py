@@ -41,7 +41,7 @@ TPU_HELP = "pip install 'rcm-jax[tpu]'"
 GPU_HELP = f"pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
 
 
-def devices(topology: str) -> tuple[Chip, Sequence[jax.Device]]:
+def devices(topology: str) -> tuple[Chip, Sequence]:
     """Of "v5p:4x4x8" (chips along each axis), "h100:8x8" (hosts × GPUs of each) or "cpu:8" (devices that are here).
 
     ValueError for a topology that is not known, and where what compiles for it is not installed.

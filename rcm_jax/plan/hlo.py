@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class Instruction(NamedTuple):
     def operands(self) -> list[str]:
         return re.findall(r"%([\w.-]+)", self.rest.split(")")[0])
 
-    def attribute(self, name: str, pattern: str = r"%?([\w.-]+)") -> str | None:
+    def attribute(self, name: str, pattern: str = r"%?([\w.-]+)") -> Any:
         found = re.search(rf"\b{name}={pattern}", self.rest)
         return found[1] if found else None
 
@@ -117,7 +117,7 @@ def parse(text: str) -> Module:
     module, scope = {}, {}
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith((" ", "HloModule")):
-            name = "" if line.startswith("ENTRY") else re.match(r"%?([\w.-]+)", line)[1]
+            name = "" if line.startswith("ENTRY") else re.findall(r"%?([\w.-]+)", line)[0]
             scope = module[name] = {}
         elif found := INSTRUCTION.match(line):
             root, name, shape, op, rest = found.groups()
@@ -175,7 +175,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _dims(shape: str) -> list[int]:
-    return _numbers(ARRAY.search(shape)[2])
+    return _numbers(ARRAY.findall(shape)[0][1])
 
 
 def writes(instruction: Instruction) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -46,7 +46,7 @@ class Need(NamedTuple):
 class Planned(NamedTuple):
     """A program, compiled: its need, or why there is none."""
 
-    need: Need | None
+    need: Any  # Need, or None
     seconds: float
     refusal: str
 
@@ -62,8 +62,8 @@ def need(compiled: Compiled, programs: Programs, chip: Chip) -> Need | None:
     """Reads a compiled program."""
     if compiled.executable is None:
         return None
-    memory = compiled.executable.memory_analysis()
-    work = hlo.read(compiled.executable.as_text(), open_trips(programs))
+    memory: Any = compiled.executable.memory_analysis()
+    work = hlo.read(compiled.executable.as_text() or "", open_trips(programs))
     traffic = memory.argument_size_in_bytes + 2 * work.written
     network = sum(c.times * chips.seconds(chip, c) for c in work.collectives)
     estimate = Estimate(work.flops / chip.flops, traffic / chip.bandwidth, network)

@@ -1,20 +1,20 @@
 """Many plans in one go: meshes and remat policies, ranked by the time of a cycle; one config on more and more chips."""
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-from rcm_jax.evaluate.report import GREY, INK, RULE, SERIES
+from rcm_jax.media.picture import GREY, INK, RULE, SERIES, figure, save_figure
+from rcm_jax.models import token_grid
+from rcm_jax.parallel.sharding import MeshConfig
 from rcm_jax.plan import chips, report
 from rcm_jax.plan.chips import Chip
 from rcm_jax.plan.program import Programs, prepare
 from rcm_jax.plan.report import Planned
-from rcm_jax.util.files import write_whole
+from rcm_jax.run.experiment import Experiment
+from rcm_jax.util.config import revise
 
 REMATS = ("full", "save_attention", "none")  # of rcm_jax.models.layers, by what they keep
 HEAD = "| chips | mesh data × fsdp × seq | batch | student | critic | student receives | critic receives | a cycle |"
@@ -48,43 +48,38 @@ def divisors(n: int) -> list[int]:
 
 def tokens_of(programs: Programs) -> int:
     """Tokens of one sample, in patches of the network."""
-    model = programs.run.model
-    patch = getattr(model, "patch_size", None) or getattr(model, "patch", None)
-    if patch is None:
+    if (grid := token_grid(programs.run.model, programs.shape)) is None:
         raise ValueError("a network without tokens is not worth a sweep")
-    patch = patch if isinstance(patch, tuple) else (patch, patch)
-    return math.prod(n // p for n, p in zip(programs.shape[-1 - len(patch) : -1], patch, strict=True))
+    return math.prod(grid)
 
 
-def sweep(values: Mapping, chip: Chip, devices, remats=REMATS) -> Iterator[Row]:
+def sweep(run: Experiment, chip: Chip, devices, remats=REMATS) -> Iterator[Row]:
     """Plans every candidate, student and critic. Not compiled: meshes whose state alone is too large, and remat
     policies that keep more than one that does not fit."""
-    one = prepare({**values, "mesh": dict(data=1, fsdp=1, seq=1)}, chip, devices[:1])
-    run = one.run
+    one = prepare(revise(run, {"mesh": MeshConfig(1, 1, 1)}), chip, devices[:1])
     for mesh in meshes(len(devices), run.train.batch_size, run.model.num_heads, tokens_of(one)):
         for remat in sorted(remats, key=REMATS.index):
-            mesh_values = dict(zip(("data", "fsdp", "seq"), mesh, strict=True))
-            row = plan_row({**values, "mesh": mesh_values, "model": {**values["model"], "remat": remat}}, chip, devices)
+            row = plan_row(revise(run, {"mesh": MeshConfig(*mesh), "model.remat": remat}), chip, devices)
             yield row
             if math.isinf(row.seconds):
                 break
 
 
-def scale(values: Mapping, topologies: Iterable[str], batch_per_chip: int | None = None) -> Iterator[tuple[str, Row]]:
+def scale(run: Experiment, topologies: Iterable[str], batch_per_chip: int | None = None) -> Iterator[tuple[str, Row]]:
     """(topology, its row) of the same config; with a batch of so many for each chip, if given."""
     for topology in topologies:
         chip, devices = chips.devices(topology)
-        batch = batch_per_chip * len(devices) if batch_per_chip else values["train"]["batch_size"]
-        yield topology, plan_row({**values, "train": {**values["train"], "batch_size": batch}}, chip, devices)
+        batch = batch_per_chip * len(devices) if batch_per_chip else run.train.batch_size
+        yield topology, plan_row(revise(run, {"train.batch_size": batch}), chip, devices)
 
 
-def plan_row(values: Mapping, chip: Chip, devices) -> Row:
+def plan_row(run: Experiment, chip: Chip, devices) -> Row:
     """Student and critic; a config that is refused, or does not fit, is a row that says so."""
-    batch, remat = values["train"]["batch_size"], values["model"].get("remat", "none")
+    batch, remat = run.train.batch_size, getattr(run.model, "remat", "none")
     try:
-        programs = prepare(values, chip, devices)
+        programs = prepare(run, chip, devices)
     except ValueError as error:
-        return Row(tuple(values["mesh"].values()), remat, batch, {}, math.inf, f"refused: {error}")
+        return Row(dataclasses.astuple(run.mesh), remat, batch, {}, math.inf, f"refused: {error}")
     steps, row = {}, Row(tuple(programs.mesh.shape.values()), remat, batch, {}, math.inf, "")
     if programs.held > chip.hbm:
         words = f"does not fit: state and teacher alone hold {report.gib(programs.held)} of {report.gib(chip.hbm)}"
@@ -129,11 +124,12 @@ def draw(rows: list[tuple[str, Row]], path) -> None:
             kinds.setdefault(topology.partition(":")[0], []).append(point)
     if not kinds:
         raise ValueError("there is nothing to draw: no student step of any topology could be compiled")
-    figure = Figure(figsize=(9, 3.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    page = figure(9, 3.2, dpi=120, layout="constrained")
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
     counts = sorted({count for points in kinds.values() for count, _, _ in points})
     titles = {1: "memory of a chip, GiB", 2: "received by a chip, GiB"}
-    for axes, (place, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+    for axes, (place, title) in zip(page.subplots(1, 2), titles.items(), strict=True):
         for color, (kind, points) in zip(itertools.cycle(SERIES), kinds.items(), strict=False):
             axes.plot([p[0] for p in points], [p[place] for p in points], color=color, marker="o", label=kind)
         axes.set(xscale="log", xlabel="chips", ylim=(0, 1.1 * max(p[place] for ps in kinds.values() for p in ps)))
@@ -145,4 +141,4 @@ def draw(rows: list[tuple[str, Row]], path) -> None:
         axes.grid(axis="y", color=RULE)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="lower left")
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png"))
+    save_figure(path, page)

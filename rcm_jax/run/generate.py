@@ -1,115 +1,245 @@
-"""From prompts to samples: text, then latents, then pixels, with one of the three networks in memory at a time.
+"""Sampling as a library: `load` a workdir, call what it gives with prompts (or classes) and seeds, save the samples.
 
-A sample depends on its prompt and its seed alone, not on the batch in which it is drawn nor on the devices.
+From prompts: text, then latents, then pixels, with one of the three networks in memory at a time. A sample depends on
+its prompt and its seed alone, not on the batch in which it is drawn nor on the devices. Whatever can be wrong is found
+by `load` and `request`, before anything is computed.
 """
 
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save as to_safetensors
 
-from rcm_jax import convert
+from rcm_jax import convert, data
 from rcm_jax.convert.files import open_tensors
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.media import text, vae, video
-from rcm_jax.media.picture import save_png
-from rcm_jax.method import denoiser
-from rcm_jax.models import check_network
-from rcm_jax.models.wan_vae import check_pixels
+from rcm_jax.media.picture import grid, save_png
+from rcm_jax.method.denoiser import Velocity
+from rcm_jax.models import AUTOENCODERS, TEXT_ENCODERS, check_network, network_of
+from rcm_jax.models.records import record_of
 from rcm_jax.parallel.sharding import MeshConfig, make_mesh
-from rcm_jax.run import experiment
-from rcm_jax.run.experiment import Generator, MediaConfig, SamplingConfig
+from rcm_jax.run import previews, workdir
+from rcm_jax.run.experiment import Experiment, MediaConfig, Pretraining
+from rcm_jax.run.program import Network, make_network, student_sampler, teacher_sampler, zeros
 from rcm_jax.train import checkpoint, trainer
-from rcm_jax.util.config import build
+from rcm_jax.util.files import write_whole
+
+UPSCALE = 8  # of the small images of a grid
+FILES = {  # around a network, and what they are
+    "text_encoder": "published weights of umT5 (Wan) or T5 (Cosmos), any layout",
+    "tokenizer": "the folder of its tokenizer.json",
+    "vae": "published weights of the Wan2.1 autoencoder, any layout",
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Generation(Generator):
-    """What sampling from prompts needs of an experiment."""
+class Generator:
+    """A trained network and how it is sampled. Call it with prompts, or class labels, and seeds: `Samples`."""
 
-    shape: tuple[int, ...]  # of latents, [t, h, w, c]
-    guidance: float  # of the teacher
-    sampling: SamplingConfig
-    media: MediaConfig
+    folder: pathlib.Path
+    step: int | None  # of the checkpoint; None: the newest
+    of_teacher: bool  # else a student, which samples in few steps and has its guidance built in
+    run: Any  # the Experiment or Pretraining that says how to sample
+    dataset: Dataset  # that of the classes, or for prompts one of zeros
+    files: Mapping[str, Any]  # paths, by the keys of FILES; opened when they are needed
+
+    @property
+    def media(self) -> Any:
+        """MediaConfig; None: samples are of classes, and shown as they are."""
+        return getattr(self.run, "media", None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a sample."""
+        return self.dataset.sample_shape
 
     @property
     def frames(self) -> int:
         """Of pixels."""
-        return 1 + (self.shape[0] - 1) * self.media.vae.stride[0]
+        return 1 + (self.shape[0] - 1) * self.media.vae.stride[0] if self.media else 1
 
-    def __post_init__(self):
-        super().__post_init__()
-        if len(self.shape) != 4 or self.shape[-1] != self.media.vae.z_dim:
-            raise ValueError(
-                f"latents of shape {list(self.shape)} must be [t, h, w, c], with the {self.media.vae.z_dim} channels "
-                "of media.vae.z_dim"
-            )
+    @property
+    def guidance(self) -> float:
+        """Of the teacher, unless it is asked for another."""
+        return self.run.rcm.guidance if isinstance(self.run, Experiment) else 1.0
+
+    @property
+    def network(self) -> Network:
+        return make_network(self.run, self.dataset.first)
+
+    def path(self, name: str) -> pathlib.Path:
+        """Of one of FILES; ValueError if it was not given, FileNotFoundError if it names nothing."""
+        if (given := self.files.get(name)) is None:
+            raise ValueError(f"--{name} is needed: {FILES[name]}")
+        if not pathlib.Path(given).exists():
+            raise FileNotFoundError(f"--{name}={given}: no such file or folder")
+        return pathlib.Path(given)
+
+    def __call__(self, asked, seeds=(0,), **options) -> "Samples":
+        """Samples for every prompt (or class label) and seed; options: those of `request`."""
+        wanted = request(self, asked, seeds, **options)
+        return sample(wanted, conditions(wanted))
 
 
-def generation(values: dict, size: tuple[int, int] | None = None, frames: int | None = None) -> Generation:
-    """The part of an experiment's mapping that samples, for width × height pixels and so many frames (None: its own).
+def load(
+    folder, *, step: int | None = None, mode: str | None = None, config: Experiment | None = None,
+    size: tuple[int, int] | None = None, frames: int | None = None, **files,
+) -> Generator:  # fmt: skip
+    """A generator from a workdir of a distillation (its averaged student), of a teacher, or of converted weights.
 
-    ValueError for a mapping that has no such part, and for sizes that cannot be, with the nearest that can.
+    Args:
+      folder, step: the workdir, and the step of its checkpoint; None: the newest.
+      mode: "student" or "teacher": what converted weights are; a trained workdir knows.
+      config: what says how to sample; None: the workdir's own.
+      size, frames: width × height and frames of pixels; None: the config's. For prompts alone, as what follows.
+      text_encoder, tokenizer, vae: paths of the published files around the network, any layout.
+
+    Raises:
+      ValueError: no workdir, another mode or config than its own, sizes that cannot be.
     """
-    if not values.get("media") or "rcm" not in values:
+    there = workdir.read(folder)
+    known = "student" if isinstance(there, Experiment) else "teacher" if isinstance(there, Pretraining) else mode
+    if known is None:
+        raise ValueError(f"{folder} holds converted weights: say --mode=teacher or, if distilled, --mode=student")
+    if mode not in (None, known):
+        raise ValueError(f"--mode={mode}, but {folder} holds a {known}")
+    if config is not None:
+        workdir.check_same(folder, there, config, ("model.", "parametrization", "time_scale"))
+    run: Any = there if config is None else config
+    files = {name: path for name, path in files.items() if path is not None}
+    if unknown := set(files) - set(FILES):
+        raise ValueError(f"{', '.join(sorted(unknown))} is no file around a network: {', '.join(FILES)}")
+    if hasattr(run.model, "num_classes") and isinstance(run, Pretraining):
+        if size or frames or files:
+            raise ValueError(f"{folder} samples from classes: it takes no sizes of pixels and no weights around it")
+        dataset = data.load(run.data)
+    else:
+        dataset = prompts_dataset(run, size, frames)
+    return Generator(pathlib.Path(folder), step, known == "teacher", run, dataset, files)
+
+
+def prompts_dataset(run: Any, size: tuple[int, int] | None = None, frames: int | None = None) -> Dataset:
+    """One example of zeros, in the shapes of latents and text, for width × height pixels and so many frames (None: its
+    own); ValueError for an experiment that has no prompts, for sizes that cannot be, with the nearest that can, and
+    where the network takes no such latents or text."""
+    if not isinstance(run, Experiment) or run.media is None:
         raise ValueError("nothing says how prompts and pixels are made: name a config with media, e.g. wan_1_3b.py")
-    part = {key: values[key] for key in ("model", "parametrization", "time_scale", "sampling", "media")}
-    part |= {"shape": values["data"]["shape"], "guidance": values["rcm"]["guidance"]}
-    run = build(Generation, part, kinds=experiment.KINDS)
-    return dataclasses.replace(run, shape=latents_shape(run, size, frames))
+    if len(run.data.shape) != 4 or run.data.shape[-1] != run.media.vae.z_dim:
+        raise ValueError(
+            f"latents of shape {list(run.data.shape)} must be [t, h, w, c], with the {run.media.vae.z_dim} channels of "
+            "media.vae.z_dim"
+        )
+    text_shape = jax.ShapeDtypeStruct((run.media.text_length, run.media.text_width), np.float32)
+    dataset = zeros(run, latents_shape(run, size, frames), text=text_shape)
+    jax.eval_shape(make_network(run, dataset.first).init, jax.random.key(0))
+    return dataset
 
 
-def latents_shape(run: Generation, size, frames) -> tuple[int, ...]:
+def latents_shape(run: Any, size, frames) -> tuple[int, ...]:
     """[t, h, w, c] of latents for (width, height) and frames of pixels, by default those of the config."""
-    strides, patch = run.media.vae.stride, run.model.patch
-    t, h, w, c = run.shape
+    strides, patch = run.media.vae.stride, network_of(run.model).patch(run.model)
+    t, h, w, c = run.data.shape
     width, height = size or (w * strides[2], h * strides[1])
     frames = 1 + (t - 1) * strides[0] if frames is None else frames
     for name, side, unit in (("width", width, strides[2] * patch[2]), ("height", height, strides[1] * patch[1])):
         if side < 1 or side % unit:
             near = [n for n in (side // unit * unit, side // unit * unit + unit) if n > 0]
             raise ValueError(f"{name} {side} must be a multiple of {unit}: nearest are {' and '.join(map(str, near))}")
-    check_pixels(run.media.vae, (1, frames, height, width, 3))
+    record_of(AUTOENCODERS, run.media.vae).check_pixels(run.media.vae, (1, frames, height, width, 3))
     return 1 + (frames - 1) // strides[0], height // strides[1], width // strides[2], c
 
 
-def abstract_inputs(run: Generation) -> dict[str, jax.ShapeDtypeStruct]:
-    """x0 and text of one sample, with a leading axis of 1."""
-    text_shape = (1, run.media.text_length, run.media.text_encoder.d_model)
-    shapes = {"x0": (1, *run.shape), "text": text_shape}
-    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+class Request(NamedTuple):
+    """Samples asked for, all of it checked."""
+
+    generator: Generator
+    asked: list  # prompts or labels
+    seeds: list[int]
+    steps: int
+    guidance: float | None  # of a teacher
+    batch: int
+    encoder: Any = None  # tensors of the text encoder, not read yet
+    tokens: Any = None  # (ids, mask) of the prompts and, last, the negative one
+    zero_last: bool = False  # the negative prompt is zeros
+
+    @property
+    def calls(self) -> int:
+        """How often the network is called, in batches."""
+        count, times = (len(self.asked) * len(self.seeds), 1) if self.tokens else (len(self.asked), len(self.seeds))
+        return -(-count // self.batch) * times * self.steps
 
 
-def make_network(run: Generation) -> experiment.Network:
-    """The network; ValueError if latents or text are none that it takes. Nothing is computed."""
-    zeros = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in abstract_inputs(run).items()}
-    examples = {"x0": zeros["x0"], "cond": {"text": zeros["text"]}}
-    network = experiment.make_network(run, Dataset(examples, None, None, None, None))
-    jax.eval_shape(network.init, jax.random.key(0))
-    return network
+def request(
+    generator: Generator, asked, seeds=(0,), *, steps: int | None = None, guidance: float | None = None,
+    negative_prompt: str | None = None, batch: int = 1,
+) -> Request:  # fmt: skip
+    """ValueError for what cannot be sampled. steps, guidance: the config's if None; a student has its own guidance."""
+    run, asked, seeds = generator.run, [asked] if isinstance(asked, str) else list(asked), [int(s) for s in seeds]
+    if not asked:
+        raise ValueError("there is no prompt: give --prompt or --prompts=FILE")
+    if generator.of_teacher:
+        guidance = generator.guidance if guidance is None else guidance
+    elif guidance is not None or negative_prompt is not None:
+        given = "guidance" if guidance is not None else "negative_prompt"
+        raise ValueError(f"--{given} is for teachers: this student was distilled with guidance {generator.guidance}")
+    steps = int(steps or (run.sampling.teacher_steps if generator.of_teacher else len(run.sampling.mid_times)))
+    make_sampler(run, generator.network.F, steps, guidance, None)  # are there so many steps?
+    checkpoint.params_of(generator.folder, "ema", generator.step)
+    if (media := generator.media) is None:
+        known = range(generator.dataset.num_classes or 0)
+        if bad := [str(label) for label in asked if int(label) not in known]:
+            raise ValueError(f"there is no class {', '.join(bad)}: the classes are 0 to {len(known) - 1}")
+        return Request(generator, [int(label) for label in asked], seeds, steps, guidance, previews.BATCH)
+    encoder = open_weights(media.text_encoder, generator.path("text_encoder"))
+    sentences = [*asked, _negative(media, guidance, negative_prompt)]
+    zero_last = media.zero_negative and not sentences[-1]
+    sentences = [text.clean(sentence) for sentence in sentences] if media.clean_prompts else sentences
+    known = record_of(TEXT_ENCODERS, media.text_encoder).tokens(media.text_encoder)
+    tokens = text.tokenize(generator.path("tokenizer"), sentences, media.text_length, known)
+    return Request(generator, asked, seeds, steps, guidance, batch, encoder, tokens, zero_last)
 
 
-def open_weights(kind: str, config, path) -> dict:
+def _negative(media: MediaConfig, guidance: float | None, given: str | None) -> str:
+    """The negative prompt; ValueError if it is missing where it matters, or is there for nothing."""
+    if guidance in (None, 1.0):
+        if given is not None:
+            raise ValueError("--negative_prompt is for guidance, and with --guidance=1 there is none")
+        return ""
+    if given is None and not media.zero_negative:
+        raise ValueError(
+            "guidance needs --negative_prompt: Wan-AI's own is sample_neg_prompt in wan/configs/shared_config.py of "
+            "Wan-Video/Wan2.1; --negative_prompt= is an empty one, which makes weaker samples"
+        )
+    return given or ""
+
+
+def open_weights(config, path) -> dict:
     """The tensors of a published file or folder, not read yet; ValueError unless they are that model of that config."""
     tensors = open_tensors(path)
-    convert.recognise(kind, tensors, config)
+    convert.recognise(convert.name_of(config), tensors, config)
     return tensors
 
 
-def embed(media: MediaConfig, tensors, ids, mask) -> np.ndarray:
-    """The condition "text" [n, l, d] of tokens [n, l], by the weights that `open_weights` opened."""
-    config = media.text_encoder
+def conditions(wanted: Request) -> tuple[dict, dict]:
+    """({name: [n, ...]} of what was asked for, the conditions that guidance replaces): the text encoder's work."""
+    if wanted.tokens is None:
+        return {"label": np.asarray(wanted.asked, np.int32)}, wanted.generator.dataset.uncond
+    config = wanted.generator.media.text_encoder
     # Not kept here: what is on the host may go when it is on the device.
-    return text.encode(
-        config, convert.from_reference(config.model_type, tensors, config, dtype=config.dtype), ids, mask
-    )
+    params = convert.from_reference(convert.name_of(config), wanted.encoder, config, dtype=config.dtype)
+    texts = text.encode(config, params, *wanted.tokens)
+    if wanted.zero_last:
+        texts[-1] = 0
+    return {"text": texts[:-1]}, {"text": texts[-1]}
 
 
-def make_sampling_mesh(run: Generation, batch: int):
+def make_sampling_mesh(run, shape, batch: int):
     """A mesh of all devices: samples over as many as divide the batch, and their tokens over the rest, if they can."""
     devices = len(jax.devices())
     fsdp = math.gcd(batch, devices)
@@ -117,37 +247,56 @@ def make_sampling_mesh(run: Generation, batch: int):
     for seq in (n for n in range(rest, 0, -1) if rest % n == 0):
         mesh = make_mesh(MeshConfig(data=rest // seq, fsdp=fsdp, seq=seq))
         try:
-            check_network(run.model, run.shape, mesh)
+            check_network(run.model, shape, mesh)
         except ValueError:
             continue
         return mesh
 
 
-def restore(run: Generation, network: experiment.Network, folder, step: int | None, mesh):
+def restore(network: Network, folder, step: int | None, mesh):
     """The averaged parameters of a workdir in the dtype they are stored in, over the devices of a mesh."""
-    abstract = trainer.abstract_params(jax.eval_shape(network.init, jax.random.key(0)), mesh)
+    abstract = trainer.abstract_params(network.boxed, mesh)
     stored, step = checkpoint.params_of(folder, "ema", step)
-    abstract = jax.tree.map(
-        lambda leaf, there: jax.ShapeDtypeStruct(leaf.shape, there.dtype, sharding=leaf.sharding), abstract, stored
-    )
+    abstract = jax.tree.map(lambda x, y: jax.ShapeDtypeStruct(x.shape, y.dtype, sharding=x.sharding), abstract, stored)
     return checkpoint.restore_item(folder, "ema", abstract, step)
 
 
-def make_sampler(run: Generation, F: denoiser.Velocity, steps: int, guidance: float | None, uncond) -> Callable:
-    """experiment.student_sampler or, with a guidance, teacher_sampler; uncond: its condition, without a batch axis."""
+def make_sampler(run, F: Velocity, steps: int, guidance: float | None, uncond) -> Callable:
+    """student_sampler or, with a guidance, teacher_sampler; uncond: its conditions, without a batch axis."""
     if guidance is None:
-        return experiment.student_sampler(F, run.sampling, steps)
-    return experiment.teacher_sampler(F, uncond, guidance, run.sampling, steps)
+        return student_sampler(F, run.sampling, steps)
+    return teacher_sampler(F, uncond, guidance, run.sampling, steps)
 
 
-def counted(F: denoiser.Velocity, tick: Callable[[], object]) -> denoiser.Velocity:
+def counted(F: Velocity, tick: Callable[[], object]) -> Velocity:
     """F, which calls tick() on the host whenever it is about to be computed."""
 
+    def note(_) -> None:
+        tick()
+
     def call(params, x, t, cond):
-        jax.debug.callback(lambda _: tick(), x.reshape(-1)[0])  # the value is there once earlier steps are done
+        jax.debug.callback(note, x.reshape(-1)[0])  # the value is there once earlier steps are done
         return F(params, x, t, cond)
 
     return call
+
+
+def sample(wanted: Request, given: tuple[dict, dict], tick: Callable[[], object] | None = None) -> "Samples":
+    """The samples, from what `conditions` gave; tick is called with every call of the network."""
+    generator, seeds, (cond, uncond) = wanted.generator, wanted.seeds, given
+    network, shape = generator.network, generator.shape
+    mesh = make_sampling_mesh(generator.run, shape, min(wanted.batch, len(wanted.asked) * len(seeds)))
+    params = restore(network, generator.folder, generator.step, mesh)
+    F = counted(network.F, tick) if tick else network.F
+    sampler = make_sampler(generator.run, F, wanted.steps, wanted.guidance, uncond)
+    with jax.set_mesh(mesh):
+        if "text" in cond:
+            latents = draw(sampler, params, cond["text"], seeds, shape, wanted.batch)
+        else:
+            keys = map(jax.random.key, seeds)
+            latents = np.stack([previews.draw(sampler, params, key, cond["label"], shape) for key in keys], axis=1)
+        jax.effects_barrier()  # the last tick
+    return Samples(generator, wanted.asked, seeds, latents)
 
 
 def draw(sampler: Callable, params, texts, seeds: Sequence[int], shape, batch: int) -> np.ndarray:
@@ -162,6 +311,83 @@ def draw(sampler: Callable, params, texts, seeds: Sequence[int], shape, batch: i
     return np.concatenate(parts).reshape(len(texts), len(seeds), *shape)
 
 
+class Samples(NamedTuple):
+    """x0 `latents` [n, s, ...] for n prompts or labels and s seeds, and what shows them."""
+
+    generator: Generator
+    asked: list
+    seeds: list[int]
+    latents: np.ndarray
+
+    def frames(self, row: int, column: int, decoder=None, tile: int | None = None) -> Iterator[np.ndarray]:
+        """The frames [h, w, 3] of one sample, in 0..255, one by one; decoder: of `open_decoder`, called if None."""
+        params = open_decoder(self.generator) if decoder is None else decoder
+        return frames(self.generator.media, params, self.latents[row, column], tile)
+
+    def picture(self) -> np.ndarray:
+        """Samples of classes as one picture, uint8 [H, W, c], a row for every class where they are images."""
+        flat, labels = self.latents.reshape(-1, *self.generator.shape), np.repeat(self.asked, len(self.seeds))
+        columns = self.asked.count(self.asked[0]) * len(self.seeds)
+        return previews.picture(self.generator.dataset, flat, labels, columns, UPSCALE)
+
+    def save(self, out, sheet=None, *, tile: int | None = None, tick=lambda: None) -> list[pathlib.Path]:
+        """Writes the samples, by the suffix of `out`, and returns the files; tick is called after each.
+
+        Of classes: one picture (.png) or all latents (.safetensors). Of prompts: a file for each prompt and seed, named
+        after `out` if there are several: .mp4, .png for one frame, .safetensors for latents; sheet: a .png of them all.
+        """
+        out = pathlib.Path(out)
+        if self.generator.media is not None:
+            return _save_videos(self, out, sheet, tile, tick)
+        if out.suffix == ".png":
+            save_png(out, self.picture())
+        else:
+            _save_tensors(out, {"x0": self.latents, "label": np.asarray(self.asked, np.int32)})
+        return [out]
+
+
+def check_decoder(generator: Generator) -> dict:
+    """The tensors of the autoencoder, not read yet; ValueError where they are missing or others."""
+    return open_weights(generator.media.vae, generator.path("vae"))
+
+
+def open_decoder(generator: Generator):
+    """The parameters of the autoencoder, on the device."""
+    config = generator.media.vae
+    return jax.device_put(convert.from_reference(convert.name_of(config), check_decoder(generator), config))
+
+
+def _save_videos(samples: Samples, out: pathlib.Path, sheet, tile, tick) -> list[pathlib.Path]:
+    """Every sample in its file, and the sheet: a row for every prompt."""
+    generator, seeds, paths = samples.generator, samples.seeds, []
+    only_latents = out.suffix == ".safetensors"
+    decoder = None if only_latents and not sheet else open_decoder(generator)
+    shown, places = [], (0, 0.5, 1) if generator.frames > 1 else (0,)
+    for i, j in np.ndindex(len(samples.asked), len(seeds)):
+        path = out
+        if len(samples.asked) * len(seeds) > 1:
+            path = out.with_stem(f"{out.stem}-{i:03d}-seed{seeds[j]}")
+        if only_latents:
+            _save_tensors(path, {"x0": samples.latents[i, j]})
+        if decoder is not None:
+            pixels = video.keep(samples.frames(i, j, decoder, tile), generator.frames, places, shown)
+            if only_latents:
+                for _ in pixels:  # the sheet wants some of them
+                    pass
+            else:
+                write(path, pixels, generator.media.fps)
+        paths.append(path)
+        tick()
+    if sheet:
+        save_png(sheet, grid(np.array(shown, np.float32) / 255, len(seeds) * len(places)))
+    return paths
+
+
+def _save_tensors(path: pathlib.Path, tensors: dict) -> None:
+    content = to_safetensors(tensors)
+    write_whole(path, lambda temporary: temporary.write_bytes(content))
+
+
 def frames(media: MediaConfig, params, x0, tile: int | None = None) -> Iterator[np.ndarray]:
     """The frames [h, w, 3] of latents x0 [t, h, w, c], in 0..255: one by one, or (tile: latents a side) in tiles."""
     if tile is None:
@@ -173,7 +399,7 @@ def frames(media: MediaConfig, params, x0, tile: int | None = None) -> Iterator[
         yield from np.round(np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
 
 
-def write(path: pathlib.Path, frames: Iterator[np.ndarray], fps: int) -> None:
+def write(path: pathlib.Path, frames: Iterable[np.ndarray], fps: int) -> None:
     """The frames in a file, by its suffix: .mp4, or .png for one frame."""
     if path.suffix == ".mp4":
         video.write_video(path, frames, fps)

@@ -1,81 +1,19 @@
-"""Orbax checkpoints with exact resume, and the workdir they live in.
+"""Orbax checkpoints with exact resume.
 
-A workdir holds config.json (what made it) and checkpoints/STEP/: one item per field of the train state, so that the
-averaged student alone can be read as a teacher or for sampling, and "data", the position of the input pipeline.
+A workdir holds checkpoints/STEP/: one item per field of the train state, so that the averaged student alone can be read
+as a teacher or for sampling, and "data", the position of the input pipeline.
 """
 
 import contextlib
-import json
 import pathlib
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rcm_jax.parallel import distributed
 from rcm_jax.train.state import TrainState
-from rcm_jax.util.config import flatten
-from rcm_jax.util.files import check_local, new_folder, write_text
 
 CHUNK_BYTES = 2**28  # of converted arrays on disk: a host that needs a part of one reads little more than that
-
-# What may change between a run and its continuation: when it stops, what it shows and how it is computed (the same
-# numbers, up to the order of sums), not what it learns.
-_COMPUTED = {f"config.{key}" for key in ("mesh.data", "mesh.fsdp", "mesh.seq", "model.attention", "model.remat")}
-_SHOWN_KEYS = ("sigma_max", "mid_times", "teacher_shift", "teacher_solver", "teacher_sigma_max")
-_SHOWN = {f"config.sampling.{key}" for key in _SHOWN_KEYS}
-# (More pretraining steps would be another teacher. Data may be moved: that they are the same is the user's word.)
-_HABITS = ("log_every", "checkpoint_every", "sample_every", "keep", "wandb", "offload", "asynchronous")
-MAY_CHANGE = (
-    _SHOWN
-    | _COMPUTED
-    | {"config.data.path"}
-    | {f"config.train.{key}" for key in ("steps", *_HABITS)}
-    | {f"config.pretrain.train.{key}" for key in _HABITS}
-)
-
-
-def claim_workdir(workdir, values: dict) -> None:
-    """Write config.json into a workdir; ValueError if it is there, of another config in more than MAY_CHANGE.
-
-    All processes look; the first writes, and they go on when it has.
-    """
-    workdir = pathlib.Path(workdir)
-    check_local(workdir)
-    path = workdir / "config.json"
-    if path.exists():
-        there, here = flatten(read_config(workdir)), flatten(values)
-        differing = [
-            key
-            for key in sorted(there.keys() | here.keys())
-            if there.get(key) != here.get(key) and key not in MAY_CHANGE and not key.startswith("config.media")
-        ]
-        if differing:
-            shown = "; ".join(f"{key} is {there.get(key)} there, {here.get(key)} here" for key in differing[:5])
-            more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
-            raise ValueError(f"workdir {workdir} belongs to another config: {shown}{more}. Choose another --workdir.")
-        if there == here:
-            return distributed.wait("workdir")
-    elif workdir.exists() and any(workdir.iterdir()):
-        raise ValueError(f"workdir {workdir} is not empty and has no config.json: choose a new or empty --workdir")
-    if distributed.first():
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(values, indent=1) + "\n")
-    distributed.wait("workdir")
-
-
-def read_config(workdir) -> dict:
-    """The config that made a workdir; ValueError if there is none."""
-    path = pathlib.Path(workdir) / "config.json"
-    if not path.exists():
-        raise ValueError(f"{workdir} is no training workdir: it has no config.json")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no config: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is no config: it holds no keys")
-    return values
 
 
 def open_manager(workdir, keep: int | None = None, asynchronous: bool = False) -> ocp.CheckpointManager:
@@ -113,11 +51,8 @@ def restore_item(workdir, name: str, abstract, step: int | None = None):
         return manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)}))[name]
 
 
-def write_params(workdir, values: dict, params) -> None:
-    """A new workdir of parameters that were not trained here: its config, and one checkpoint, of step 0, with "ema".
-
-    params are numpy arrays. The workdir is whole or not there; ValueError if there is something already.
-    """
+def write_params(folder, params) -> None:
+    """One checkpoint, of step 0, with "ema", in a folder that has none: parameters [numpy arrays] not trained here."""
     # Orbax would copy all arrays first, and with OCDBT hold all that is written until the end: 16 GB for 6.
     numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
     registry = ocp.type_handlers.create_type_handler_registry(
@@ -125,12 +60,10 @@ def write_params(workdir, values: dict, params) -> None:
     )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
-    with new_folder(workdir) as folder:
-        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-        checkpoints = folder.absolute() / "checkpoints"
-        with ocp.CheckpointManager(checkpoints, options=options, item_handlers={"ema": handler}) as manager:
-            manager.save(0, args=ocp.args.Composite(ema=ocp.args.PyTreeSave(params, save_args=save_args)))
-        write_text(folder / "config.json", json.dumps(values, indent=1) + "\n")
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    checkpoints = pathlib.Path(folder).absolute() / "checkpoints"
+    with ocp.CheckpointManager(checkpoints, options=options, item_handlers={"ema": handler}) as manager:
+        manager.save(0, args=ocp.args.Composite(ema=ocp.args.PyTreeSave(params, save_args=save_args)))
 
 
 def params_of(workdir, name: str, step: int | None = None):
@@ -153,7 +86,7 @@ def restore_params(workdir, name: str, step: int | None = None):
     folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step)
     restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
     partial = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
-    restored = ocp.PyTreeCheckpointHandler().restore(folder / name, args=partial)
+    restored = ocp.PyTreeCheckpointHandler().restore(folder / name, args=partial)  # pyright: ignore[reportArgumentType]
     return (restored if name == "ema" else restored["params"]), step
 
 

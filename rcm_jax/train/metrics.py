@@ -8,6 +8,7 @@ import secrets
 import jax
 from tensorboardX import SummaryWriter
 
+from rcm_jax.util.extras import require
 from rcm_jax.util.files import write_text
 
 
@@ -22,10 +23,7 @@ class MetricsWriter:
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         self.wandb = None
         if wandb:
-            try:
-                import wandb as library
-            except ImportError:
-                raise ValueError('config.train.wandb needs the extra: pip install --editable ".[wandb]"') from None
+            library = require("wandb", "wandb", "config.train.wandb")
             note = workdir / "wandb_id"  # a resumed run goes on in the same curves
             if not note.exists():
                 write_text(note, secrets.token_hex(4))

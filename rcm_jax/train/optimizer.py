@@ -1,9 +1,7 @@
 """AdamW as the official runs use it, and the power EMA."""
 
 import dataclasses
-import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -16,7 +14,7 @@ class OptimizerConfig:
     All counts are updates of this network, not training iterations.
     """
 
-    learning_rate: float
+    learning_rate: float = 1e-6
     b1: float = 0.0
     b2: float = 0.999
     eps: float = 1e-8
@@ -46,17 +44,12 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def schedule(config: OptimizerConfig) -> optax.Schedule:
     """Learning rate at update n = 0, 1, ….: linear to its peak, then constant or a cosine over decay_steps."""
-
-    def rate(n):
-        scale = jnp.minimum((n + 1) / max(config.warmup_steps, 1), 1.0)
-        if config.decay_steps:
-            span = config.decay_steps - config.warmup_steps
-            done = jnp.clip((n - config.warmup_steps) / span, 0.0, 1.0)
-            cosine = 0.5 * (1 + jnp.cos(math.pi * done))
-            scale = scale * (config.final_scale + (1 - config.final_scale) * cosine)
-        return config.learning_rate * scale
-
-    return rate
+    peak, warmup = config.learning_rate, max(config.warmup_steps, 1)
+    later = optax.constant_schedule(peak)
+    if config.decay_steps:
+        later = optax.cosine_decay_schedule(peak, config.decay_steps - config.warmup_steps, config.final_scale)
+    rise = optax.linear_schedule(peak / warmup, peak, warmup - 1) if warmup > 1 else optax.constant_schedule(peak)
+    return optax.join_schedules([rise, later], [config.warmup_steps])
 
 
 def power_ema_exponent(std: float) -> float:
@@ -71,8 +64,3 @@ def power_ema_beta(n, gamma: float):
     """beta_n = (1 − 1/(n+1))^(gamma+1) for the n-th update of the network, n = 0, 1, …; beta_0 = 0."""
     n = jnp.asarray(n, jnp.float32)
     return (n / (n + 1)) ** (gamma + 1)
-
-
-def ema_update(ema, params, beta):
-    """beta·ema + (1 − beta)·params, leaf by leaf."""
-    return jax.tree.map(lambda e, p: beta * e + (1 - beta) * p, ema, params)

@@ -4,10 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from rcm_jax.method import trigflow
-from rcm_jax.method.denoiser import Velocities
-from rcm_jax.method.objectives.consistency import VELOCITIES, ScmConfig
-from rcm_jax.method.objectives.losses import jvp_derivative, sum_squares
-from rcm_jax.train.state import Teacher, TrainState
+from rcm_jax.method.objectives.common import Given, sum_squares
+from rcm_jax.method.objectives.scm import ScmConfig, jvp_derivative
 
 BUCKETS = 4  # of equal width in t, from 0 to pi/2
 WATCHED = ("tangent_norm", "residual", "nonfinite")
@@ -27,23 +25,22 @@ def by_time(metrics: dict, t) -> dict:
     }
 
 
-def probe(config: ScmConfig, velocities: Velocities, state: TrainState, teacher: Teacher, batch, key) -> dict:
+def probe(config: ScmConfig, given: Given) -> dict:
     """{"probe/jvp_error/t=…": ‖jvp − difference‖/‖jvp‖} of the student's F along the PF-ODE, all [].
 
     The difference is a central one, of second order. What is small and steady is well; what grows says that the
     derivative, or the network's own smoothness in t, is going. For float32: in bfloat16 the difference is all rounding.
     """
-    x0, cond = batch["x0"], batch["cond"]
-    eps = jax.random.normal(key, x0.shape)
+    x0, cond = given.batch["x0"], given.batch["cond"]
+    eps = jax.random.normal(given.key, x0.shape)
 
     def error(time):
         t = jnp.full(x0.shape[:1], time)
         x_t = trigflow.diffuse(x0, eps, t)
-        F_teacher = VELOCITIES[config.velocity](velocities, teacher, x0, eps, x_t, t, cond)
-        _, dF = jvp_derivative(velocities.student, state.student.params, x_t, t, cond, F_teacher)
+        F_teacher = config.direction(given, x0, eps, x_t, t)
+        _, dF = jvp_derivative(given.F.student, given.student, x_t, t, cond, F_teacher)
         later, earlier = (
-            velocities.student(state.student.params, trigflow.euler(x_t, F_teacher, t, u), u, cond)
-            for u in (t + STEP, t - STEP)
+            given.F.student(given.student, trigflow.euler(x_t, F_teacher, t, u), u, cond) for u in (t + STEP, t - STEP)
         )
         difference = jnp.cos(time) * jnp.sin(time) * (later - earlier) / (2 * jnp.sin(STEP))
         return jnp.sqrt(jnp.sum(sum_squares(dF - difference)) / jnp.sum(sum_squares(dF)))

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import optax
 
 
-@flax.struct.dataclass
-class Learner:
+class Learner(flax.struct.PyTreeNode):
     """A network that is being trained: float32 master parameters, optimizer state and the count of its updates."""
 
     params: Any
@@ -36,22 +35,20 @@ def _fetched(x):
     return jax.device_put(x, space.Device) if jax.typeof(x).memory_space == space.Host else x
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """`step` counts iterations of every phase; `ema` averages the student.
 
-    `fake_score` and `weighting` (the adaptive weighting of a loss) are None where the method has none.
+    `fake_score` and `weighting` (the adaptive weighting of a loss) are learners, or None where the method has none.
     """
 
     step: jax.Array  # [] int32
     student: Learner
     ema: Any
-    fake_score: Learner | None = None
-    weighting: Learner | None = None
+    fake_score: Any = None
+    weighting: Any = None
 
 
-@flax.struct.dataclass
-class Teacher:
+class Teacher(flax.struct.PyTreeNode):
     """The frozen side of distillation: never donated, never checkpointed.
 
     `uncond` has conditions without the batch axis (null class, negative prompt): those that guidance replaces.

@@ -1,4 +1,5 @@
-"""Training methods: what a step does. The trainer runs any method; it knows nothing of losses.
+"""Training methods: what a step does. The trainer runs any method; a step runs any objective: it sums their losses,
+differentiates the sum and updates.
 
 A method is a table of phases. Each phase is a pure function (state, teacher, batch, key) -> (state, metrics), compiled
 on its own: a lax.cond would hold the buffers of all of them. batch = {"x0": [b, ...], "cond": {name: [b, ...]}}.
@@ -11,15 +12,24 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from rcm_jax.method import denoiser, trigflow, weighting
-from rcm_jax.method.denoiser import Velocities
+from rcm_jax.method import weighting
+from rcm_jax.method.denoiser import Velocities, Velocity
 from rcm_jax.method.keys import named_keys
-from rcm_jax.method.objectives import dmd, losses
-from rcm_jax.method.objectives.consistency import TERMS, DcmConfig, ScmConfig, TimeDistribution
-from rcm_jax.method.objectives.dmd import DmdConfig
+from rcm_jax.method.objectives import (
+    CONSISTENCY,
+    MATCHING,
+    DiffusionConfig,
+    DmdConfig,
+    Given,
+    Matching,
+    Objective,
+    ScmConfig,
+    Term,
+)
 from rcm_jax.train import stability
-from rcm_jax.train.optimizer import OptimizerConfig, ema_update, make_optimizer, power_ema_beta, power_ema_exponent
+from rcm_jax.train.optimizer import OptimizerConfig, make_optimizer, power_ema_beta, power_ema_exponent
 from rcm_jax.train.state import Teacher, TrainState, make_learner
 
 
@@ -36,28 +46,29 @@ class Method(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class DiffusionConfig:
-    """Pretraining of a teacher: TrigFlow regression, labels dropped for guidance, power EMA."""
+class DiffusionMethod:
+    """Pretraining of a teacher: one objective, AdamW, power EMA."""
 
-    time: TimeDistribution
-    optimizer: OptimizerConfig
-    drop_condition: float = 0.1
+    objective: DiffusionConfig = DiffusionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     ema_std: float = 0.05
 
     def __post_init__(self):
         power_ema_exponent(self.ema_std)
-        if not 0 <= self.drop_condition <= 1:
-            raise ValueError(f"drop_condition {self.drop_condition} must be a probability")
 
 
 @dataclasses.dataclass(frozen=True)
 class RcmConfig:
     """rCM (arXiv 2510.08431), or either half of it: a consistency loss, forward divergence; DMD, reverse divergence."""
 
-    student: OptimizerConfig
-    guidance: float
-    consistency: ScmConfig | DcmConfig | None
-    dmd: DmdConfig | None
+    student: OptimizerConfig = OptimizerConfig()
+    fake_score: OptimizerConfig | None = OptimizerConfig()
+    weighting: OptimizerConfig | None = (
+        None  # trains an adaptive weighting of the consistency loss; None: there is none
+    )
+    guidance: float = 1.0  # F_u + w·(F_c − F_u)
+    consistency: Objective | None = dataclasses.field(default=ScmConfig(), metadata={"kinds": CONSISTENCY})
+    dmd: Matching | None = dataclasses.field(default=DmdConfig(), metadata={"kinds": MATCHING})
     warmup: int = 0  # H: iterations of consistency alone, while r grows to 1
     ema_std: float = 0.05
 
@@ -65,12 +76,22 @@ class RcmConfig:
         power_ema_exponent(self.ema_std)
         if self.consistency is None and self.dmd is None:
             raise ValueError("consistency and dmd are both None: there is nothing to train by")
+        if (self.dmd is None) != (self.fake_score is None):
+            raise ValueError("dmd and fake_score belong together: one trains the other; set both, or both to None")
+        if self.weighting and not self.consistency:
+            raise ValueError("weighting is of the consistency loss, and consistency is None: set it to None")
         if self.warmup < 0:
             raise ValueError(f"warmup {self.warmup} must be at least 0")
-        if self.warmup and not self.has_both and not isinstance(self.consistency, ScmConfig):
+        if self.warmup and not self.has_both and not (self.consistency and self.consistency.has_tangent):
             raise ValueError(f"warmup {self.warmup} has neither a tangent nor DMD to wait for: set it to 0")
         if self.guidance != 1.0 and not self.needs_teacher:
             raise ValueError(f"guidance {self.guidance} is a teacher's, and these losses ask none: set it to 1")
+
+    @property
+    def objectives(self) -> dict[str, Objective]:
+        """By the names that their metrics begin with."""
+        kinds = {cls: name for name, cls in (CONSISTENCY | MATCHING).items()}
+        return {kinds[type(o)]: o for o in (self.consistency, self.dmd) if o}
 
     @property
     def has_both(self) -> bool:
@@ -79,43 +100,58 @@ class RcmConfig:
     @property
     def name(self) -> str:
         """What the field calls it."""
-        names = ([self.consistency.name] if self.consistency else []) + (["DMD"] if self.dmd else [])
+        names = [objective.label for objective in self.objectives.values()]
         return "rCM" if names == ["sCM", "DMD"] else " + ".join(names)
 
     @property
     def needs_teacher(self) -> bool:
         """Whether the losses ask a teacher (a student may start from one in any case)."""
-        return self.dmd is not None or self.consistency.needs_teacher
+        return any(objective.needs_teacher for objective in self.objectives.values())
 
 
-def diffusion_method(config: DiffusionConfig, F: denoiser.Velocity, uncond, parts: int = 1) -> Method:
-    """Pretraining as a method: one phase, state.student is the network, no teacher and no fake score."""
-    optimizer = make_optimizer(config.optimizer)
-    step = partial(diffusion_step, config, F, optimizer, uncond, parts)
-    return Method(partial(_init, {"student": optimizer}), lambda i: "diffusion", {"diffusion": step})
+class Setup(NamedTuple):
+    """What all phases of a method share. weighted: the objective, if any, that has an adaptive weighting."""
+
+    F: Velocities
+    optimizers: dict
+    ema_std: float
+    parts: int  # of a batch, one after another, over which a gradient is accumulated
+    r: Callable = lambda step: 1.0  # tangent warm-up at a step
+    updates: Callable = lambda step: step  # of the student in so many steps
+    weighted: Objective | None = None
 
 
-def rcm_method(config: RcmConfig, velocities: Velocities, parts: int = 1) -> Method:
-    """Distillation as a method: warmup (consistency alone), student (all losses) and critic (fake score) phases.
+def diffusion_method(config: DiffusionMethod, F: Velocity, parts: int = 1) -> Method:
+    """Pretraining as a method: one phase, state.student is the network; of the teacher it asks the conditions alone."""
+    optimizers = {"student": make_optimizer(config.optimizer)}
+    setup = Setup(Velocities(F, F, F), optimizers, config.ema_std, parts)
+    step = partial(student_step, setup, {"diffusion": config.objective})
+    return Method(partial(_init, optimizers), lambda i: "diffusion", {"diffusion": step})
 
-    The gradient of every phase is accumulated over so many parts of the batch.
-    """
-    optimizers, terms, probe = {"student": make_optimizer(config.student)}, {}, None
-    if config.consistency:
-        terms["consistency"] = partial(consistency_term, config, velocities)
-        if config.consistency.weighting:
-            optimizers["weighting"] = make_optimizer(config.consistency.weighting)
-        if getattr(config.consistency, "derivative", None) == "jvp":
-            probe = partial(probe_step, config, velocities, parts)
+
+def rcm_method(config: RcmConfig, F: Velocities, parts: int = 1) -> Method:
+    """Distillation as a method: warmup (consistency alone), student (all losses) and critic (fake score) phases."""
+    configs = {"student": config.student, "weighting": config.weighting, "fake_score": config.fake_score}
+    optimizers = {name: make_optimizer(c) for name, c in configs.items() if c}
+    setup = Setup(
+        F, optimizers, config.ema_std, parts, partial(_warmup, config.warmup), partial(student_updates, config),
+        config.consistency if config.weighting else None,
+    )  # fmt: skip
+    steps = {"student": partial(student_step, setup, config.objectives)}
     if config.dmd:
-        terms["dmd"] = partial(dmd_term, config, velocities)
-        optimizers["fake_score"] = make_optimizer(config.dmd.fake_score)
-    steps = {"student": partial(student_step, config, optimizers, terms, parts)}
-    if config.dmd:
-        steps["critic"] = partial(critic_step, config, velocities, optimizers["fake_score"], parts)
+        steps["critic"] = partial(critic_step, setup, config.dmd)
     if config.has_both:
-        steps["warmup"] = partial(student_step, config, optimizers, {"consistency": terms["consistency"]}, parts)
+        early = {name: o for name, o in config.objectives.items() if o is config.consistency}
+        steps["warmup"] = partial(student_step, setup, early)
+    probe = None
+    if isinstance(config.consistency, ScmConfig) and config.consistency.derivative == "jvp":
+        probe = partial(probe_step, setup, config.consistency)
     return Method(partial(_init, optimizers), partial(rcm_phase, config), steps, probe)
+
+
+def _warmup(iterations: int, step):
+    """r = min(1, step/H); 1 without a warm-up."""
+    return jnp.minimum(1.0, step / iterations) if iterations else 1.0
 
 
 def rcm_phase(config: RcmConfig, i: int) -> str:
@@ -163,97 +199,69 @@ def accumulated_grad(loss: Callable, params, batch, key, parts: int):
     return total, metrics | pairs
 
 
-def diffusion_step(config, F, optimizer, uncond, parts, state: TrainState, teacher: None, batch, key):
-    """One pretraining step on batch x0 [b, ...]; a condition is replaced by uncond with probability drop_condition."""
-
-    def loss(params, batch, key):
-        keys = named_keys(key, "time", "noise", "drop")
-        x0, cond = batch["x0"], batch["cond"]
-        t = config.time.sample(keys["time"], x0.shape[:1])
-        eps = jax.random.normal(keys["noise"], x0.shape)
-        drop = jax.random.bernoulli(keys["drop"], config.drop_condition, x0.shape[:1])
-        without = denoiser.without(cond, uncond)
-        cond = jax.tree.map(lambda c, u: jnp.where(trigflow.expand(drop, c), u, c), cond, without)
-        loss_b, metrics = losses.diffusion(F(params, trigflow.diffuse(x0, eps, t), t, cond), x0, eps, t)
-        return jnp.mean(loss_b) / x0[0].size, {f"diffusion/{k}": v for k, v in metrics.items()}
-
-    grads, metrics = accumulated_grad(loss, state.student.params, batch, key, parts)
-    return _update_student(config, optimizer, state, grads, metrics)
-
-
-def student_step(config, optimizers: dict, terms: dict, parts, state: TrainState, teacher: Teacher, batch, key):
-    """One student update on the sum of the terms, and one of the adaptive weighting with it; then the EMA."""
+def student_step(setup: Setup, objectives: dict[str, Objective], state: TrainState, teacher: Teacher, batch, key):
+    """One student update on the sum of the objectives, and one of the adaptive weighting with it; then the EMA."""
     trained = {"student": state.student.params}
     if state.weighting:
         trained["weighting"] = state.weighting.params
 
     def loss(params, batch, key):
-        keys = named_keys(key, "time", "noise", "dmd")
-        results = [term(params, state, teacher, batch, keys) for term in terms.values()]
-        return jnp.mean(sum(loss_b for loss_b, _ in results)), {k: v for _, m in results for k, v in m.items()}
+        fake_score = state.fake_score.params if state.fake_score else None
+        count = setup.updates(state.step)
+        total, metrics = 0, {}
+        for name, objective in objectives.items():
+            # Losses on the data share a step's time and noise; one on the student's samples draws beside them.
+            own = named_keys(key, "time", "noise", "samples")["samples"] if isinstance(objective, Matching) else key
+            given = Given(setup.F, params["student"], fake_score, teacher, batch, own, setup.r(state.step), count)
+            values, theirs = weighed(objective, objective.term(given), setup, params, batch)
+            total = total + values
+            metrics |= {f"{name}/{k}": v for k, v in theirs.items()}
+        return jnp.mean(total), metrics
 
-    grads, metrics = accumulated_grad(loss, trained, batch, key, parts)
-    before = state.weighting
-    state, metrics = _update_student(config, optimizers["student"], state, grads["student"], metrics)
-    if before:
-        after, norm, applied = before.update(grads["weighting"], optimizers["weighting"])
-        kept = metrics["student/skipped"] == 0  # an update is skipped whole
-        state = state.replace(weighting=jax.tree.map(lambda a, b: jnp.where(kept, a, b), after, before))
-        metrics |= {"weighting/grad_norm": norm, "weighting/skipped": 1.0 - (kept & applied)}
-    return state, metrics
+    grads, metrics = accumulated_grad(loss, trained, batch, key, setup.parts)
+    student, norm, applied = state.student.update(grads["student"], setup.optimizers["student"])
+    beta = power_ema_beta(state.student.updates, power_ema_exponent(setup.ema_std))
+    ema = optax.incremental_update(student.params, state.ema, jnp.where(applied, 1.0 - beta, 0.0))
+    metrics |= {"student/grad_norm": norm, "student/skipped": 1.0 - applied}
+    new = state.replace(step=state.step + 1, student=student, ema=ema)
+    if state.weighting:
+        after, norm, finite = state.weighting.update(grads["weighting"], setup.optimizers["weighting"])
+        kept = applied & finite  # an update is skipped whole
+        new = new.replace(weighting=jax.tree.map(lambda a, b: jnp.where(applied, a, b), after, state.weighting))
+        metrics |= {"weighting/grad_norm": norm, "weighting/skipped": 1.0 - kept}
+    return new, _means(metrics)
 
 
-def consistency_term(config: RcmConfig, velocities, params, state: TrainState, teacher, batch, keys):
-    """scale·consistency, adaptively weighted if asked for: (loss [b], metrics)."""
-    consistency = config.consistency
-    name, term = TERMS[type(consistency)]
-    r = jnp.minimum(1.0, state.step / config.warmup) if config.warmup else 1.0
-    loss_b, t, metrics = term(consistency, velocities, params["student"], teacher, batch, keys, r)
-    metrics |= stability.by_time(metrics, t)
-    if "weighting" in params:
+def weighed(objective: Objective, term: Term, setup: Setup, params, batch):
+    """scale·loss [b], adaptively weighted if asked for, and the metrics, those that are watched by time as well."""
+    values, metrics = term.loss, term.metrics | stability.by_time(term.metrics, term.time)
+    if objective is setup.weighted:
         size = batch["x0"][0].size
-        metrics["log_weight"] = log_weight = weighting.log_weight(params["weighting"], t, size)
+        metrics["log_weight"] = log_weight = weighting.log_weight(params["weighting"], term.time, size)
         # A sample left out must not raise the weight of its time.
-        loss_b = jnp.where(metrics["nonfinite"] > 0, 0.0, losses.adaptive(loss_b, log_weight, size))
-    return consistency.scale * loss_b, {f"{name}/{k}": v for k, v in metrics.items()}
+        left_out = metrics.get("nonfinite", jnp.zeros_like(values)) > 0
+        values = jnp.where(left_out, 0.0, weighting.adaptive(values, log_weight, size))
+    return objective.scale * values, metrics
 
 
-def dmd_term(config: RcmConfig, velocities, params, state: TrainState, teacher, batch, keys):
-    """scale·DMD: (loss [b], metrics)."""
-    count = student_updates(config, state.step)
-    loss_b, metrics = dmd.student_loss(
-        config.dmd, velocities, params["student"], state.fake_score.params, teacher, batch, keys["dmd"], count
-    )
-    return config.dmd.scale * loss_b, {f"dmd/{k}": v for k, v in metrics.items()}
-
-
-def critic_step(config: RcmConfig, velocities, optimizer, parts, state: TrainState, teacher: Teacher, batch, key):
-    """(8) One fake-score update: regression on the student's rollout."""
-    count = state.step - student_updates(config, state.step)
+def critic_step(setup: Setup, objective: Matching, state: TrainState, teacher: Teacher, batch, key):
+    """One update of the fake score on the student's samples."""
+    count = state.step - setup.updates(state.step)
 
     def loss(params, batch, key):
-        loss_b, metrics = dmd.critic_loss(config.dmd, velocities, state.student.params, params, batch, key, count)
-        return jnp.mean(loss_b), {f"critic/{k}": v for k, v in metrics.items()}
+        term = objective.critic(Given(setup.F, state.student.params, params, teacher, batch, key, count=count))
+        return jnp.mean(term.loss), {f"critic/{k}": v for k, v in term.metrics.items()}
 
-    grads, metrics = accumulated_grad(loss, state.fake_score.params, batch, key, parts)
-    fake_score, norm, applied = state.fake_score.update(grads, optimizer)
+    grads, metrics = accumulated_grad(loss, state.fake_score.params, batch, key, setup.parts)
+    fake_score, norm, applied = state.fake_score.update(grads, setup.optimizers["fake_score"])
     metrics |= {"critic/grad_norm": norm, "critic/skipped": 1.0 - applied}
     return state.replace(step=state.step + 1, fake_score=fake_score), _means(metrics)
 
 
-def probe_step(config: RcmConfig, velocities, parts, state: TrainState, teacher: Teacher, batch, key) -> dict:
+def probe_step(setup: Setup, objective: ScmConfig, state: TrainState, teacher: Teacher, batch, key) -> dict:
     """stability.probe, on as much of the batch as the other steps have in memory."""
-    part = jax.tree.map(lambda x: x[0], divided(batch, parts))
-    return stability.probe(config.consistency, velocities, state, teacher, part, key)
-
-
-def _update_student(config, optimizer, state: TrainState, grads, metrics):
-    """Gradients and metrics of the student's loss -> (state after the optimizer and the EMA, means of the metrics)."""
-    student, norm, applied = state.student.update(grads, optimizer)
-    beta = power_ema_beta(state.student.updates, power_ema_exponent(config.ema_std))
-    ema = ema_update(state.ema, student.params, jnp.where(applied, beta, 1.0))
-    metrics |= {"student/grad_norm": norm, "student/skipped": 1.0 - applied}
-    return state.replace(step=state.step + 1, student=student, ema=ema), _means(metrics)
+    part = jax.tree.map(lambda x: x[0], divided(batch, setup.parts))
+    return stability.probe(objective, Given(setup.F, state.student.params, None, teacher, part, key))
 
 
 def _means(metrics):

@@ -5,11 +5,13 @@ import dataclasses
 import signal
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from rcm_jax.parallel import distributed
@@ -24,8 +26,8 @@ from rcm_jax.train.steps import Method
 class TrainConfig:
     """How long, how many at once, how often to tell and to save."""
 
-    steps: int
-    batch_size: int
+    steps: int = 10_000
+    batch_size: int = 256
     log_every: int = 100
     checkpoint_every: int = 1000
     sample_every: int = 1000
@@ -56,6 +58,39 @@ class Interrupted(Exception):
         self.step = step
 
 
+class Training(NamedTuple):
+    """A method on a mesh, whole but for its values: made by `make_training`, run by `fit`, read by a plan."""
+
+    label: str  # what the console calls it
+    config: TrainConfig
+    mesh: Mesh
+    method: Method
+    state: TrainState  # shapes, dtypes and shardings
+    steps: dict[str, Callable]  # by phase, and "probe" if there is one; compiled when they are called
+
+    @property
+    def shardings(self) -> TrainState:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.state)
+
+
+def make_training(label: str, config: TrainConfig, mesh, method: Method, boxed, key) -> Training:
+    """A training that draws with keys of `key`; boxed: abstract parameters with logical axes. Nothing is allocated.
+
+    ValueError where it cannot be on these devices.
+    """
+    config.check(mesh)
+    abstract = jax.eval_shape(method.init, boxed)
+    shardings = shardings_of(abstract, mesh, config.offload)
+    state = checkpoint.abstract_like(nn.meta.unbox(abstract), shardings)
+    return Training(label, config, mesh, method, state, compile_steps(method, shardings, key))
+
+
+def place(training: Training, source, make_params=lambda params: params) -> TrainState:
+    """The first state, of make_params(source), made in place: every leaf on its own devices at once."""
+    init = jax.jit(lambda source: training.method.init(make_params(source)), out_shardings=training.shardings)
+    return init(source)
+
+
 def shardings_of(abstract_state: TrainState, mesh, offload: bool = False) -> TrainState:
     """Where every leaf of a state lies, from its abstract, still boxed, values."""
     shardings = state_sharding(abstract_state, mesh)
@@ -65,53 +100,28 @@ def shardings_of(abstract_state: TrainState, mesh, offload: bool = False) -> Tra
     return shardings.replace(**{n: v.replace(opt_state=in_host_memory(v.opt_state)) for n, v in learners.items()})
 
 
-def place_state(method: Method, abstract_params, mesh, source, make_params=lambda params: params, offload=False):
-    """(state, shardings): method.init(make_params(source)) made in place, every leaf on its own devices at once.
-
-    abstract_params: jax.eval_shape of the network's init, boxed with logical axes. source: a key or parameters.
-    """
-    shardings = shardings_of(jax.eval_shape(method.init, abstract_params), mesh, offload)
-    state = jax.jit(lambda source: method.init(make_params(source)), out_shardings=shardings)(source)
-    return state, shardings
-
-
 def abstract_params(boxed, mesh):
     """Shapes, dtypes and shardings of parameters from their boxed abstract values, as a restore wants them."""
     return checkpoint.abstract_like(nn.meta.unbox(boxed), state_sharding(boxed, mesh))
 
 
-def fit(
-    method: Method,
-    state: TrainState,
-    shardings,
-    teacher: Teacher | None,
-    data,
-    *,
-    config: TrainConfig,
-    workdir,
-    mesh,
-    key,
-    label: str,
-    on_sample: Callable[[TrainState, int], None] | None = None,
-) -> TrainState:
+def fit(training: Training, state: TrainState, teacher: Teacher, data, workdir, on_sample=None) -> TrainState:
     """Train from the newest checkpoint of workdir, or from `state`, to config.steps; returns the last state.
 
     state is donated. data is an iterator with get_state/set_state (rcm_jax.data.dataset.batches), of the local rows.
-    on_sample(state, step) is called every sample_every steps and at the end.
+    on_sample(state, step), if given, is called every sample_every steps and at the end.
     Raises Interrupted, after saving, if a signal asks to stop.
     """
-    config.check(mesh)
-    compiled = compile_steps(method, shardings, key)
+    config, compiled = training.config, training.steps
     with checkpoint.open_manager(workdir, config.keep, config.asynchronous) as manager, _stop_requested() as stop:
         if manager.latest_step() is not None:
-            abstract = checkpoint.abstract_like(state, shardings)
             jax.tree.map(lambda leaf: leaf.delete(), state)  # two states of 14B parameters need not fit
-            state = checkpoint.restore(manager, abstract, data)
+            state = checkpoint.restore(manager, training.state, data)
         step, mean = int(state.step), Mean()
-        with _written(workdir, step, config.wandb) as write, _bar(label, step, config) as bar:
+        with _written(workdir, step, config.wandb) as write, _bar(training.label, step, config) as bar:
             while step < config.steps:
-                batch = distributed.global_batch(next(data), config.batch_size, mesh)
-                state, metrics = compiled[method.phase(step)](state, teacher, batch)
+                batch = distributed.global_batch(next(data), config.batch_size, training.mesh)
+                state, metrics = compiled[training.method.phase(step)](state, teacher, batch)
                 step += 1
                 mean.add(metrics)
                 bar.update()

@@ -1,53 +1,60 @@
-"""From a plain mapping to frozen dataclasses, strictly: every key used exactly once, or an error that names it."""
+"""Frozen dataclasses and plain mappings: strictly there, every key used exactly once, and back.
+
+A field that may be one of several dataclasses says so by metadata={"kinds": table}: {name: dataclass, or a record with
+it as .config}. In a mapping its group has the key "kind", which may be left out where the table has one entry.
+"""
 
 import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 
-def build(cls, values, where: str = "config", kinds: Mapping[str, type] = types.MappingProxyType({})):
+def build(cls, values, where: str = "config"):
     """An instance of the dataclass cls from a mapping, its dataclass fields recursively.
 
-    For a field whose dataclasses are in kinds, the key "kind" picks one of them by name.
-    Raises ValueError that names the key (where.key) and what is allowed.
+    An empty group is None where that is allowed. Raises ValueError that names the key (where.key) and what is allowed.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must be a group of keys, got {values!r}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields)):
-        raise ValueError(f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(fields)}")
-    required = {
-        name
-        for name, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    if missing := sorted(required - set(values)):
-        raise ValueError(f"{where}: missing key {', '.join(missing)}")
+        raise ValueError(f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(fields) or 'none'}")
+    missing = [name for name, field in fields.items() if _required(field) and name not in values]
+    if missing:
+        raise ValueError(f"{where}: missing key {', '.join(sorted(missing))}")
     hints = typing.get_type_hints(cls)
-    built = {key: _convert(hints[key], value, f"{where}.{key}", kinds) for key, value in values.items()}
+    built = {key: _convert(fields[key], hints[key], value, f"{where}.{key}") for key, value in values.items()}
     try:
         return cls(**built)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _convert(hint, value, where, kinds):
+def _required(field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _convert(field, hint, value, where):
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and types.NoneType in options:
-        return None
     classes = [option for option in options if dataclasses.is_dataclass(option)]
-    names = [name for name, cls in kinds.items() if cls in classes]
-    if names:
-        kind = value.get("kind") if isinstance(value, Mapping) else None
-        if kind not in names:
-            raise ValueError(f"{where}.kind is {kind!r}; it must be one of {', '.join(names)}")
-        rest = {key: v for key, v in value.items() if key != "kind"}
-        return build(kinds[kind], rest, where, kinds)
+    is_group = bool(classes or "kinds" in field.metadata)
+    if types.NoneType in options and (value is None or (is_group and value == {})):
+        return None
+    if "kinds" in field.metadata:
+        return _build_kind(field.metadata["kinds"], value, where)
     if classes:
-        return build(classes[0], value, where, kinds)
+        return build(classes[0], value, where)
     return _convert_plain(options, value, where)
+
+
+def _build_kind(kinds: Mapping, value, where):
+    rest = dict(value) if isinstance(value, Mapping) else {}
+    kind = rest.pop("kind", next(iter(kinds)) if len(kinds) == 1 else None)
+    if kind not in kinds:
+        raise ValueError(f"{where}.kind is {kind!r}; it must be one of {', '.join(kinds)}")
+    return build(config_of(kinds[kind]), rest, where)
 
 
 def _convert_plain(options, value, where):
@@ -58,13 +65,60 @@ def _convert_plain(options, value, where):
             items = (items[0],) * len(value) if items[-1] is Ellipsis else items
             if len(items) == len(value):
                 pairs = enumerate(zip(items, value, strict=True))
-                return tuple(_convert(item, v, f"{where}[{i}]", {}) for i, (item, v) in pairs)
+                return tuple(_convert_plain((item,), v, f"{where}[{i}]") for i, (item, v) in pairs)
         if option is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):
             return value
     wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
     raise ValueError(f"{where} must be {wanted}, got {value!r}")
+
+
+def config_of(entry) -> type:
+    """The dataclass of an entry of a table of kinds."""
+    return entry if isinstance(entry, type) else entry.config
+
+
+def kind_of(kinds: Mapping, config) -> str:
+    """The name in a table of kinds of an instance; ValueError if it has none."""
+    for name, entry in kinds.items():
+        if config_of(entry) is type(config):
+            return name
+    raise ValueError(f"{type(config).__name__} is none of {', '.join(kinds)}: it has no line in that table")
+
+
+def to_mapping(config, absent: Callable = lambda field, hint: None) -> dict:
+    """The nested mapping that `build` makes it of; absent(field, its type hint) stands for a value that is None."""
+    hints, values = typing.get_type_hints(type(config)), {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is None:
+            value = absent(field, hints[field.name])
+        elif dataclasses.is_dataclass(value):
+            kinds = field.metadata.get("kinds", {})
+            kind = {"kind": kind_of(kinds, value)} if kinds else {}
+            value = kind | to_mapping(value, absent)
+        values[field.name] = value
+    return values
+
+
+def revise(config, changes: Mapping):
+    """A copy of nested dataclasses with {"group.key": value} in the place of what it had, checked anew.
+
+    ValueError for a key that is not there.
+    """
+    groups, own = {}, {}
+    for path, value in changes.items():
+        name, _, rest = path.partition(".")
+        if not hasattr(config, name):
+            raise ValueError(f"{type(config).__name__} has no key {name} (of {path})")
+        if rest:
+            groups.setdefault(name, {})[rest] = value
+        else:
+            own[name] = value
+    for name, inner in groups.items():
+        own[name] = revise(own.get(name, getattr(config, name)), inner)
+    return dataclasses.replace(config, **own)
 
 
 def flatten(values, where: str = "config") -> dict:

@@ -1,0 +1,173 @@
+"""The program of an experiment on a mesh, assembled once: training runs it, a plan compiles it, it has the samplers.
+
+Nothing is allocated here. What the data are is asked of a Dataset: the real one, or one of zeros in its shapes.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rcm_jax.data.dataset import Dataset
+from rcm_jax.method import denoiser, samplers
+from rcm_jax.method.denoiser import Velocities, Velocity
+from rcm_jax.models import check_network, example, network_of
+from rcm_jax.parallel.sharding import batch_sharding, replicated
+from rcm_jax.run.experiment import Experiment, Predictor, SamplingConfig
+from rcm_jax.train import trainer
+from rcm_jax.train.state import Teacher
+from rcm_jax.train.steps import diffusion_method, rcm_method
+from rcm_jax.train.trainer import Training
+
+
+class Network(NamedTuple):
+    """init(key) -> boxed parameters (with logical axes); F(params, x, t, cond) -> TrigFlow velocity, float32."""
+
+    init: Callable[[jax.Array], Any]
+    F: Velocity
+
+    @property
+    def boxed(self):
+        """The abstract, boxed, parameters."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def make_params(self, key):
+        """Plain parameters."""
+        return nn.meta.unbox(self.init(key))
+
+
+def make_network(config: Predictor, one: dict) -> Network:
+    """The network for samples like `one`, {"x0": [1, ...], "cond": {name: [1, ...]}}; conditions go by their names."""
+    module = network_of(config.model).module(config.model)
+
+    def init(key):
+        return module.init(key, jnp.asarray(one["x0"]), jnp.zeros(1), **one["cond"])["params"]
+
+    def net(params, x, time, cond):
+        return module.apply({"params": params}, x, time, **cond)
+
+    return Network(init, denoiser.PARAMETRIZATIONS[config.parametrization](net, config.time_scale))
+
+
+def zeros(config: Predictor, shape, **conditions) -> Dataset:
+    """A data set of one example of zeros, for samples of that shape; conditions: other shapes than the network's."""
+    one = example(config.model, shape, **conditions)
+    uncond = {name: one["cond"][name] for name in ("text", "label") if name in one["cond"]}
+    classes = getattr(config.model, "num_classes", None)
+    return Dataset(jax.tree.map(lambda x: x[None], one), None, uncond, classes, view="video")
+
+
+class Program(NamedTuple):
+    """An experiment, its data and its mesh, and the functions that they make."""
+
+    run: Experiment
+    mesh: jax.sharding.Mesh
+    dataset: Dataset
+    network: Network
+    teacher_F: Velocity  # without guidance
+    pretraining: Training | None  # None: the teacher is given, or there is none
+    distillation: Training
+
+    @property
+    def params(self):
+        """Shapes, dtypes and shardings of the parameters of one network."""
+        return trainer.abstract_params(self.network.boxed, self.mesh)
+
+    def teacher(self, params) -> Teacher:
+        """The frozen side of the distillation, with given parameters (None: it has none)."""
+        return Teacher(params, jax.device_put(self.dataset.uncond, replicated(self.mesh)))
+
+    def abstract_inputs(self) -> tuple[Teacher, dict]:
+        """(teacher, batch) of the distillation: shapes, dtypes and shardings."""
+        narrow = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, self.run.teacher_dtype, sharding=x.sharding), self.params
+        )
+        uncond = jax.tree.map(lambda x: _abstract(np.shape(x), x.dtype, replicated(self.mesh)), self.dataset.uncond)
+        rows, size = batch_sharding(self.mesh), self.run.train.batch_size
+        batch = jax.tree.map(lambda x: _abstract((size, *x.shape[1:]), x.dtype, rows), self.dataset.first)
+        return Teacher(narrow if self.run.has_start else None, uncond), batch
+
+    def student_sampler(self, steps: int | None = None) -> Callable:
+        """Of so many steps, by default of the most that there are times for."""
+        return student_sampler(self.network.F, self.run.sampling, steps or len(self.run.sampling.mid_times))
+
+    def teacher_sampler(self, steps: int | None = None, F: Velocity | None = None) -> Callable:
+        """Of the teacher that F_T is, exact or a network, or of another F."""
+        uncond, guidance = self.dataset.uncond, self.run.rcm.guidance
+        return teacher_sampler(F or self.teacher_F, uncond, guidance, self.run.sampling, steps)
+
+    def sampler_inputs(self, batch: dict) -> tuple:
+        """Abstract arguments of a sampler, for the conditions of an abstract batch."""
+        ids = _abstract(batch["x0"].shape[:1], np.uint32, batch_sharding(self.mesh))
+        key = jax.eval_shape(jax.random.key, 0)
+        return (
+            self.params,
+            _abstract(key.shape, key.dtype, replicated(self.mesh)),
+            ids,
+            batch["cond"],
+            self.sample_shape,
+        )
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return self.dataset.sample_shape
+
+
+def _abstract(shape, dtype, sharding):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def assemble(run: Experiment, mesh, dataset: Dataset) -> Program:
+    """ValueError, before anything is allocated, where experiment, data and mesh do not fit each other."""
+    if (classes := getattr(run.model, "num_classes", None)) != dataset.num_classes:
+        raise ValueError(f"config.model.num_classes is {classes}, but the data have {dataset.num_classes} classes")
+    check_network(run.model, dataset.sample_shape, mesh)
+    network, key = make_network(run, dataset.first), jax.random.key(run.seed)
+    boxed, pretraining = network.boxed, None
+    if run.pretrain and not run.teacher:
+        method = diffusion_method(run.pretrain.method, network.F, run.pretrain.train.accumulate)
+        key_data = jax.random.fold_in(key, 1)
+        pretraining = trainer.make_training("teacher", run.pretrain.train, mesh, method, boxed, key_data)
+    teacher_F = network.F
+    if run.exact_teacher:
+        if dataset.velocity is None:
+            raise ValueError(
+                "config.exact_teacher is set, but the velocity of these data is not known: set it to False"
+            )
+        teacher_F = dataset.velocity
+    velocities = Velocities(network.F, denoiser.guided(teacher_F, run.rcm.guidance), network.F)
+    method = rcm_method(run.rcm, velocities, run.train.accumulate)
+    distillation = trainer.make_training(run.rcm.name, run.train, mesh, method, boxed, jax.random.fold_in(key, 2))
+    return Program(run, mesh, dataset, network, teacher_F, pretraining, distillation)
+
+
+def student_sampler(F: Velocity, sampling: SamplingConfig, steps: int) -> Callable:
+    """Jitted (params, key, sample_ids [b], cond, sample_shape) -> x0 [b, ...]: few-step sampling.
+
+    Step k draws its noise with fold_in(key, k), per sample: k = 0 is the noise that teacher_sampler starts from.
+    """
+    if not 1 <= steps <= len(sampling.mid_times):
+        raise ValueError(f"{steps} steps asked for, but sampling.mid_times covers 1 to {len(sampling.mid_times)}")
+    times = samplers.student_times(sampling.sigma_max, sampling.mid_times[steps - 1])
+
+    def sample(params, key, ids, cond, shape):
+        noise = jnp.stack([samplers.unit_noise(jax.random.fold_in(key, k), ids, shape) for k in range(steps)])
+        return samplers.few_step(F, params, noise, times, cond)
+
+    return jax.jit(sample, static_argnums=4)
+
+
+def teacher_sampler(F: Velocity, uncond, guidance: float, sampling: SamplingConfig, steps: int | None = None):
+    """Jitted (params, key, sample_ids [b], cond, sample_shape) -> x0 [b, ...]: the guided PF-ODE, solved."""
+    guided, solver = denoiser.guided(F, guidance), samplers.SOLVERS[sampling.teacher_solver]
+    sigma_max = sampling.teacher_sigma_max or sampling.sigma_max
+    times = samplers.ode_times(steps or sampling.teacher_steps, sigma_max, sampling.teacher_shift)
+
+    def sample(params, key, ids, cond, shape):
+        noise = samplers.unit_noise(jax.random.fold_in(key, 0), ids, shape)
+        return solver(guided, params, noise, times, (cond, uncond))
+
+    return jax.jit(sample, static_argnums=4)

@@ -1,0 +1,141 @@
+"""Workdirs: config.json, which says what made one, and what may change when its run goes on.
+
+A workdir belongs to the config that made it. Three kinds of config make one: an Experiment (a distillation), a
+Pretraining (a teacher) and a Predictor (converted weights).
+"""
+
+import json
+import pathlib
+
+from rcm_jax.parallel import distributed
+from rcm_jax.run.experiment import Experiment, Predictor, Pretraining, from_mapping
+from rcm_jax.train import checkpoint
+from rcm_jax.util.config import flatten, to_mapping
+from rcm_jax.util.files import check_local, new_folder, write_text
+
+# What may change between a run and its continuation. (More pretraining steps would be another teacher.)
+COMPUTED = ("mesh.data", "mesh.fsdp", "mesh.seq", "model.attention", "model.remat")  # the same numbers, otherwise
+SHOWN = ("sampling.", "media.")  # groups: how samples are drawn, not what is learned
+HABITS = ("log_every", "checkpoint_every", "sample_every", "keep", "wandb", "offload", "asynchronous")
+MOVED_DATA = ("data.path",)  # that they are the same is the user's word
+MAY_CHANGE = (
+    *COMPUTED,
+    *SHOWN,
+    *MOVED_DATA,
+    *(f"train.{key}" for key in ("steps", *HABITS)),
+    *(f"pretrain.train.{key}" for key in HABITS),
+)
+# What a teacher and its student must agree on, less how it is computed and where data lie.
+SHARED_WITH_TEACHER = ("data.", "model.", "parametrization", "time_scale")
+NOT_SHARED = (*MOVED_DATA, "model.attention", "model.remat", "model.dtype", "model.time_dtype")
+# Where keys of configs stood that were written before: whole groups move.
+OLD_PLACES = {
+    "rcm.dmd.fake_score": "rcm.fake_score",
+    "rcm.consistency.weighting": "rcm.weighting",
+    "rcm.consistency.velocity": "rcm.consistency.follows",
+    "pretrain.method.time": "pretrain.method.objective.time",
+    "pretrain.method.drop_condition": "pretrain.method.objective.drop_condition",
+}
+
+
+def claim(folder, config: Predictor) -> None:
+    """Write config.json into a workdir; ValueError if it is there, of another config in more than MAY_CHANGE.
+
+    All processes look; the first writes, and they go on when it has.
+    """
+    folder = pathlib.Path(folder)
+    check_local(folder)
+    path = folder / "config.json"
+    if path.exists():
+        there = read(folder)
+        differing = differences(there, config, but_for=MAY_CHANGE)
+        if differing:
+            more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
+            shown = "; ".join(differing[:5])
+            raise ValueError(f"workdir {folder} belongs to another config: {shown}{more}. Choose another --workdir.")
+        if there == config:
+            return distributed.wait("workdir")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"workdir {folder} is not empty and has no config.json: choose a new or empty --workdir")
+    if distributed.first():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, as_json(config))
+    distributed.wait("workdir")
+
+
+def read(folder) -> Predictor:
+    """The config that made a workdir; ValueError if there is none."""
+    path = pathlib.Path(folder) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} is no training workdir: it has no config.json")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no config: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is no config: it holds no keys")
+    for old, new in OLD_PLACES.items():
+        _move(values, old.split("."), new.split("."))
+    if "rcm" in values and not values["rcm"].get("dmd"):
+        values["rcm"].setdefault("fake_score", None)
+    try:
+        return from_mapping(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _move(values: dict, old: list[str], new: list[str]) -> None:
+    """Moves what stands at one path of nested groups to another, if it is there."""
+    source = values
+    for name in old[:-1]:
+        source = source.get(name) if isinstance(source, dict) else None
+    if not isinstance(source, dict) or old[-1] not in source:
+        return
+    target = values
+    for name in new[:-1]:
+        target = target.setdefault(name, {})
+    target[new[-1]] = source.pop(old[-1])
+
+
+def as_json(config) -> str:
+    """What config.json holds."""
+    return json.dumps(to_mapping(config), indent=1) + "\n"
+
+
+def differences(there, here, only=None, but_for=()) -> list[str]:
+    """A sentence for every key of two configs that differs; `only` and `but_for` are keys, or groups with a dot."""
+    theirs, ours = (flatten(to_mapping(config)) for config in (there, here))
+    return [
+        f"{key} is {theirs.get(key)} there, {ours.get(key)} here"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key) and (only is None or _listed(key, only)) and not _listed(key, but_for)
+    ]
+
+
+def _listed(key: str, keys) -> bool:
+    """Whether config.KEY is one of keys, or in one of its groups."""
+    name = key.removeprefix("config.")
+    return any(name == listed or (listed[-1] == "." and f"{name}.".startswith(listed)) for listed in keys)
+
+
+def check_same(folder, there: Predictor, here, keys=SHARED_WITH_TEACHER) -> None:
+    """ValueError that lists where the network in a workdir is not the one of a config."""
+    if differing := differences(there, here, only=keys, but_for=NOT_SHARED):
+        raise ValueError(f"the network in {folder} does not fit this config: {'; '.join(differing)}")
+
+
+def check_teacher(run: Experiment) -> int:
+    """The step of the finished teacher; ValueError unless run.teacher is a teacher's workdir that fits."""
+    there = read(run.teacher)
+    if isinstance(there, Experiment):
+        raise ValueError(f"{run.teacher} holds a distilled student; its own teacher may be in {run.teacher}/teacher")
+    trained = isinstance(there, Pretraining)  # converted weights say nothing of data
+    check_same(run.teacher, there, run, SHARED_WITH_TEACHER if trained else SHARED_WITH_TEACHER[1:])
+    return there.pretrain.train.steps if trained else 0
+
+
+def write_converted(folder, config: Predictor, params) -> None:
+    """A new workdir of parameters [numpy arrays] that were not trained here; it is whole or not there."""
+    with new_folder(folder) as temporary:
+        checkpoint.write_params(temporary, params)
+        write_text(temporary / "config.json", as_json(config))
