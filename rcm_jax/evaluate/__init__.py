@@ -1,1 +1,1 @@
-"""How good samples are. Statistics in numpy float64, classifier features, tables, pictures, a report."""
+"""How good samples are. Statistics in numpy float64, classifier features, tables, pictures, reports."""

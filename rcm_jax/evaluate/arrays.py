@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.spatial.distance import cdist
 
+from rcm_jax.data.dataset import random_access
+
 BLOCK = 1 << 22  # distances held at once (32 MiB)
 
 
@@ -41,6 +43,13 @@ def as_images(name: str, images) -> np.ndarray:
 def flat(images: np.ndarray) -> np.ndarray:
     """[n, ...] → [n, f]."""
     return images.reshape(len(images), -1)
+
+
+def labelled(examples) -> tuple[np.ndarray, np.ndarray]:
+    """(x0 [n, ...], labels [n]) of all the training or held-out examples of a Dataset."""
+    source = random_access(examples)
+    batch = source[np.arange(len(source))]
+    return batch["x0"], batch["cond"]["label"]
 
 
 def require_finite(name: str, x: np.ndarray) -> None:

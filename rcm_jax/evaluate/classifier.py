@@ -13,6 +13,8 @@ from rcm_jax.evaluate.arrays import as_images, as_labels
 from rcm_jax.models.classifier import ClassifierNet
 
 BATCH = 256  # images per call of the network; the last batch is filled up, so that one program serves every n
+LEARNING_RATE = 3e-3
+SHIFT, NOISE = 1, 0.3  # of training images, at most: pixels, standard deviations of the data
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,30 +52,19 @@ class Classifier:
                 f"images are {images.shape[1:]} [h, w, c], the classifier was trained on {self.image_shape}; "
                 "resize the images or train a classifier for them"
             )
-        logits, features = [], []
-        for batch in np.split((images - self.mean) / self.deviation, range(BATCH, len(images), BATCH)):
-            outputs = _apply(self.net, self.params, np.pad(batch, [(0, BATCH - len(batch)), (0, 0), (0, 0), (0, 0)]))
-            for values, output in zip((logits, features), outputs, strict=True):
-                values.append(np.asarray(output)[: len(batch)])
-        return np.concatenate(logits), np.concatenate(features)
+        filled = np.pad((images - self.mean) / self.deviation, [(0, -len(images) % BATCH), (0, 0), (0, 0), (0, 0)])
+        outputs = [_apply(self.net, self.params, batch) for batch in np.split(filled, len(filled) // BATCH)]
+        logits, features = (np.concatenate(parts)[: len(images)] for parts in zip(*outputs, strict=True))
+        return logits, features
 
 
 def train_classifier(
-    images,
-    labels,
-    num_classes: int,
-    key: jax.Array,
-    *,
-    steps: int = 400,
-    batch_size: int = 128,
-    learning_rate: float = 3e-3,
-    shift: int = 1,
-    noise: float = 0.3,
+    images, labels, num_classes: int, key: jax.Array, *, steps: int = 400, batch_size: int = 128
 ) -> Classifier:
     """Trains on images [n, h, w, c] with labels [n] in 0..num_classes−1; the same key gives the same classifier.
 
-    AdamW under a cosine schedule. Each image is moved by up to `shift` pixels and gets
-    Gaussian noise of up to `noise` standard deviations of the data, so that small blemishes do not decide the class.
+    AdamW under a cosine schedule. Each image is moved by up to SHIFT pixels and gets Gaussian noise of up to NOISE, so
+    that small blemishes do not decide the class.
 
     Raises:
       ValueError: wrong shapes, labels out of range, constant images, NaN or infinite values.
@@ -88,28 +79,29 @@ def train_classifier(
     mean, deviation = float(images.mean(dtype=np.float64)), float(images.std(dtype=np.float64))
     if deviation == 0:
         raise ValueError(f"all {len(images)} training images hold the single value {mean}; check how they were loaded")
-    net = ClassifierNet(num_classes)
-    init, step = _training(net, steps, batch_size, learning_rate, shift, noise)
+    init, step = _training(num_classes, steps, batch_size)
     data = jnp.asarray((images - mean) / deviation), jnp.asarray(labels, jnp.int32)
     key_init, *keys = jax.random.split(key, steps + 1)
     state = init(data[0], key_init)
     for key_step in keys:  # a loop, not a scan: XLA's convolutions inside a CPU loop are ten times slower
         state = step(state, *data, key_step)
     params, _ = state
-    classifier = Classifier(net, params, images.shape[1:], mean, deviation)
+    classifier = Classifier(ClassifierNet(num_classes), params, images.shape[1:], mean, deviation)
     spread = float(np.sqrt(classifier.features(images).var(axis=0).mean()))
     return dataclasses.replace(classifier, feature_deviation=spread)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply(net: ClassifierNet, params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _apply(net: ClassifierNet, params, images: jax.Array):
+    """(logits [b, num_classes], features [b, f])."""
     return net.apply({"params": params}, images)
 
 
 @functools.lru_cache(maxsize=8)
-def _training(net: ClassifierNet, steps: int, batch_size: int, learning_rate: float, shift: int, noise: float):
+def _training(num_classes: int, steps: int, batch_size: int):
     """(init, step): images, key → state; state, images, labels, key → state. Cached: several keys compile once."""
-    optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, steps), weight_decay=1e-2)
+    net = ClassifierNet(num_classes)
+    optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, steps), weight_decay=1e-2)
 
     def loss(params, images, labels):
         logits, _ = net.apply({"params": params}, images)
@@ -125,19 +117,19 @@ def _training(net: ClassifierNet, steps: int, batch_size: int, learning_rate: fl
         params, opt_state = state
         key_batch, key_augment = jax.random.split(key)
         chosen = jax.random.randint(key_batch, (batch_size,), 0, len(images))
-        batch = _augment(key_augment, images[chosen], shift, noise)
+        batch = _augment(key_augment, images[chosen])
         updates, opt_state = optimizer.update(jax.grad(loss)(params, batch, labels[chosen]), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
     return init, step
 
 
-def _augment(key: jax.Array, images: jax.Array, shift: int, noise: float) -> jax.Array:
-    """Moves each image [b, h, w, c] by up to `shift` pixels (edges repeated) and adds noise of a random level."""
+def _augment(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Moves each image [b, h, w, c] by up to SHIFT pixels (edges repeated) and adds noise of a random level."""
     key_shift, key_level, key_noise = jax.random.split(key, 3)
     b, *shape = images.shape
-    padded = jnp.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
-    corners = jax.random.randint(key_shift, (b, 2), 0, 2 * shift + 1)
+    padded = jnp.pad(images, ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)), mode="edge")
+    corners = jax.random.randint(key_shift, (b, 2), 0, 2 * SHIFT + 1)
     moved = jax.vmap(lambda x, corner: jax.lax.dynamic_slice(x, (*corner, 0), shape))(padded, corners)
-    level = jax.random.uniform(key_level, (b, 1, 1, 1), maxval=noise)
+    level = jax.random.uniform(key_level, (b, 1, 1, 1), maxval=NOISE)
     return moved + level * jax.random.normal(key_noise, images.shape)

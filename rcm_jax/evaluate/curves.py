@@ -1,22 +1,17 @@
-"""Draws what rcm_jax.train.stability watches, from the metrics of one or several workdirs, two lines of panels each.
+"""Curves of the metrics of workdirs: those of a report, and what rcm_jax.train.stability watches."""
 
-python -m rcm_jax.evaluate.curves digits=runs/digits mixture=runs/mixture --out=curves.png
-"""
-
-import argparse
 import math
-import pathlib
+from collections.abc import Mapping
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+import numpy as np
 
-from rcm_jax.evaluate.report import GREY, INK, SERIES
+from rcm_jax.media.picture import GREY, INK, SERIES, figure
 from rcm_jax.train.metrics import read_metrics
 from rcm_jax.train.stability import BUCKETS, PROBED
-from rcm_jax.util.files import write_whole
 
+NORMS = {"tangent": "scm/tangent_norm", "student gradient": "student/grad_norm"}  # in a report: {label: metric}
 TIMES = [f"t{k}" for k in range(BUCKETS)]
-# Panels: {title: ({label: metric}, logarithmic?)}
+# What is watched: {title: ({label: metric}, logarithmic?)}
 PANELS = {
     "‖g‖, the tangent, by time": ({time: f"scm/tangent_norm/{time}" for time in TIMES}, True),
     "residual: rms of c·df/dt, by time": ({time: f"scm/residual/{time}" for time in TIMES}, True),
@@ -32,25 +27,54 @@ COLORS = (*SERIES, INK)
 COLUMNS = 3
 
 
-def draw(runs: dict[str, list[dict]]) -> Figure:
+def of_training(student, teacher=None) -> dict[str, dict[str, np.ndarray]]:
+    """{title: {label: [k, 2]}} for write_report: every metric NAME/loss of a student's workdir, and its NORMS.
+
+    The critic's loss has axes of its own, and so have those of the workdir where the teacher was pretrained, if any.
+    """
+    rows = read_metrics(student)
+    losses = _losses(rows)
+    plots = {
+        "teacher loss": _losses(read_metrics(teacher)) if teacher else {},
+        "student losses": {name: points for name, points in losses.items() if name != "critic"},
+        "fake score loss": {name: points for name, points in losses.items() if name == "critic"},
+        "norms": _series(rows, NORMS),
+    }
+    return {title: plot for title, plot in plots.items() if plot}
+
+
+def _losses(rows: list[dict]) -> dict[str, np.ndarray]:
+    """{NAME: [k, 2]} of every metric NAME/loss, in the order in which they come."""
+    names = dict.fromkeys(name for row in rows for name in row if name.endswith("/loss") and name.count("/") == 1)
+    return _series(rows, {name.removesuffix("/loss"): name for name in names})
+
+
+def _series(rows: list[dict], metrics: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """{label: (step, value) pairs [k, 2]} of {label: metric}, without those that have no value."""
+    series = {
+        label: [(row["step"], row[key]) for row in rows if row.get(key) is not None] for label, key in metrics.items()
+    }
+    return {label: np.array(points, float) for label, points in series.items() if points}
+
+
+def draw(runs: Mapping[str, list[dict]]):
     """A figure of rows of metrics, {name: rows as read_metrics gives them}; a metric that a run lacks is left out."""
     lines = len(PANELS) // COLUMNS  # of a run
-    figure = Figure(figsize=(4 * COLUMNS, 2.6 * lines * len(runs)), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(lines * len(runs), COLUMNS, squeeze=False).reshape(len(runs), len(PANELS))
+    page = figure(4 * COLUMNS, 2.6 * lines * len(runs), dpi=100, layout="constrained")
+    axes = page.subplots(lines * len(runs), COLUMNS, squeeze=False).reshape(len(runs), len(PANELS))
     for row, (name, metrics) in zip(axes, runs.items(), strict=True):
         for axis, (title, (series, logarithmic)) in zip(row, PANELS.items(), strict=True):
             _plot(axis, metrics, series, logarithmic)
             axis.set_title(title, fontsize=9, color=INK)
         row[0].set_ylabel(name, fontsize=11, color=INK)
-    return figure
+    return page
 
 
-def _plot(axis, metrics, series, logarithmic) -> None:
-    for color, (label, key) in zip(COLORS, series.items(), strict=False):
-        points = [(row["step"], row[key]) for row in metrics if row.get(key) is not None]
-        if points:
-            axis.plot(*zip(*points, strict=True), color=color, label=label, linewidth=1)
+def _plot(axis, rows, metrics, logarithmic) -> None:
+    found = _series(rows, metrics)
+    for color, label in zip(COLORS, metrics, strict=False):
+        if label in found:
+            axis.plot(*found[label].T, color=color, label=label, linewidth=1)
     if logarithmic:
         axis.set_yscale("log")
         low, high = axis.get_ylim()  # two decades at least: what is level looks level
@@ -62,22 +86,3 @@ def _plot(axis, metrics, series, logarithmic) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     if axis.lines:
         axis.legend(fontsize=7, frameon=False, ncols=math.ceil(len(axis.lines) / 2))
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="NAME=WORKDIR")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="a PNG file")
-    args = parser.parse_args()
-    runs = {}
-    for run in args.runs:
-        name, _, folder = run.partition("=")
-        runs[name] = read_metrics(folder)
-        if not runs[name]:
-            parser.error(f"{run}: there is no metrics.jsonl in {folder or name}; write NAME=WORKDIR")
-    figure = draw(runs)
-    write_whole(args.out, lambda path: figure.savefig(path, format="png"))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,48 +1,19 @@
-"""The report of a distillation: real data, teacher and student side by side, in pictures and numbers."""
-
-import pathlib
+"""The report on labelled images: real ones, teacher and student side by side, in pictures and numbers."""
 
 import jax
 import numpy as np
 
-from rcm_jax.evaluate.report import write_report
+from rcm_jax.evaluate import curves
+from rcm_jax.evaluate.arrays import labelled
+from rcm_jax.evaluate.report import data_name, in_steps, write_report
 from rcm_jax.evaluate.table import evaluate_samples, make_reference, table
-from rcm_jax.media.picture import grid, save_png
-from rcm_jax.run.experiment import Experiment, student_sampler, teacher_sampler
-from rcm_jax.train.metrics import read_metrics
+from rcm_jax.run.previews import draw, labels_by_class
 
 SAMPLES = 3600  # of every row of the table
-BATCH = 400  # sampled at once
-TEACHER_STEPS = (50, 4)
+FEW_STEPS = 4  # of a teacher, beside its own number: in the table, not in the picture
 STUDENT_STEPS = (1, 2, 4)
-HIDDEN = {f"teacher {k}" for k in TEACHER_STEPS[1:]}  # in the table, not in the picture
-SHOWN = 8  # samples of a class in the picture
-BASELINE = f"teacher {TEACHER_STEPS[0]}"
+SHOWN, CLASSES = 8, 10  # in the picture: samples of a class; classes, at most
 REAL = "real (training split)"
-
-
-def draw(sampler, params, key, labels, shape) -> np.ndarray:
-    """Samples [n, *shape] for class labels [n], BATCH at a time; sample i depends on key, i and its label alone."""
-    labels = np.asarray(labels, np.int32)
-    size = min(BATCH, len(labels))
-    padded = np.pad(labels, (0, -len(labels) % size))
-    parts = [
-        np.asarray(sampler(params, key, np.arange(i, i + size), {"label": padded[i : i + size]}, shape))
-        for i in range(0, len(padded), size)
-    ]
-    return np.concatenate(parts)[: len(labels)]
-
-
-def write_samples(run: Experiment, workdir, dataset, sampler, params, step: int) -> None:
-    """A picture of what a network samples while it trains: workdir/samples/STEP.png, a row per class."""
-    key = jax.random.fold_in(jax.random.key(run.seed), 4)
-    images = draw(sampler, params, key, labels_by_class(dataset, SHOWN), dataset.sample_shape)
-    save_png(pathlib.Path(workdir) / "samples" / f"{step:08d}.png", grid(dataset.to_image(images), SHOWN, upscale=4))
-
-
-def labels_by_class(dataset, each: int) -> np.ndarray:
-    """0, 0, …, 1, 1, …: `each` of every class."""
-    return np.repeat(np.arange(dataset.num_classes), each)
 
 
 def write_distillation_report(trained) -> str:
@@ -52,75 +23,62 @@ def write_distillation_report(trained) -> str:
     the student's, and ratios are to the real images.
     """
     run, dataset = trained.run, trained.dataset
-    samplers, baseline = {}, REAL
-    if trained.teacher_folder:
-        baseline = BASELINE
-        F, teacher = trained.teacher_F, trained.teacher
-        samplers = {
-            f"teacher {k}": (teacher_sampler(F, teacher.uncond, run.rcm.guidance, run.sampling, k), teacher.params)
-            for k in TEACHER_STEPS
-        }
-    student_steps = [k for k in STUDENT_STEPS if k <= len(run.sampling.mid_times)]
-    samplers |= {
-        f"student {k}": (student_sampler(trained.network.F, run.sampling, k), trained.state.ema) for k in student_steps
-    }
     key = jax.random.fold_in(jax.random.key(run.seed), 3)
-    labels = labels_by_class(dataset, SAMPLES // dataset.num_classes)
+    each = max(SHOWN, SAMPLES // dataset.num_classes)
+    labels = labels_by_class(dataset, each)
     images = {
         name: dataset.to_image(draw(sampler, params, key, labels, dataset.sample_shape))
-        for name, (sampler, params) in samplers.items()
+        for name, (sampler, params) in _samplers(trained).items()
     }
-    train = dataset.to_image(dataset.train["x0"]), dataset.train["cond"]["label"]
-    test = dataset.to_image(dataset.test["x0"]), dataset.test["cond"]["label"]
-    reference = make_reference(*train, *test, jax.random.key(run.seed))
-    rows = {REAL: evaluate_samples(*train, reference)}
+    (train, train_labels), (test, test_labels) = (labelled(part) for part in (dataset.train, dataset.test))
+    train, test = dataset.to_image(train), dataset.to_image(test)
+    reference = make_reference(train, train_labels, test, test_labels, jax.random.key(run.seed))
+    some = np.sort(np.concatenate([np.flatnonzero(train_labels == c)[:each] for c in range(dataset.num_classes)]))
+    rows = {REAL: evaluate_samples(train[some], train_labels[some], reference)}
     rows |= {name: evaluate_samples(samples, labels, reference) for name, samples in images.items()}
 
-    shown = (np.arange(dataset.num_classes)[:, None] * (SAMPLES // dataset.num_classes) + np.arange(SHOWN)).ravel()
-    panels = {"real digits": _first_of_each_class(*test, dataset.num_classes)}
-    panels |= {_title(name): images[name][shown] for name in images if name not in HIDDEN}
-    panels = {name: 1 - pixels for name, pixels in panels.items()}  # ink on paper
+    first, name = next(iter(images)), data_name(run.data)
+    baseline = first if trained.teacher_folder else REAL
+    real = f"the {len(train)}" if len(some) == len(train) else f"{len(some)} of the {len(train)}"
+    panels = {f"real {name}": _by_class(test, test_labels, dataset.num_classes)}
+    for row, samples in images.items():
+        network, steps = row.split()
+        if row == first or network == "student":
+            panels[f"{network}, {in_steps(int(steps))}"] = _by_class(samples, labels, dataset.num_classes)
+    if train.shape[-1] == 1 and train.mean() < 0.5:  # strokes: as ink on paper
+        panels = {title: 1 - pixels for title, pixels in panels.items()}
     return write_report(
         trained.folder / "report",
         panels=panels,
-        curves=_curves(trained.folder, trained.teacher_folder),
+        curves=curves.of_training(trained.folder, trained.teacher_folder),
         rows=table(rows, relative_to=baseline),
-        title=f"{run.rcm.name} on digits",
-        footer=f"Seed {run.seed}. Fréchet distances (FD) of {SAMPLES} samples to {len(test[1])} held-out real images; "
-        f"ratios to {baseline}.\nThe real row is the {len(train[1])} images that trained the classifier; "
+        title=f"{run.rcm.name} on {name}",
+        footer=f"Seed {run.seed}. Fréchet distances (FD) of {len(labels)} samples to {len(test)} held-out real images; "
+        f"ratios to {baseline}.\nThe real row is {real} images that trained the classifier; "
         f"its accuracy on the held-out ones is {reference.accuracy:.3f}.",
         columns=SHOWN,
-        row_labels=[str(c) for c in range(dataset.num_classes)],
-        metadata={"seed": run.seed, "samples": SAMPLES, "classifier_accuracy": reference.accuracy},
+        row_labels=[str(c) for c in range(dataset.num_classes)][:CLASSES],
+        metadata={"seed": run.seed, "samples": len(labels), "classifier_accuracy": reference.accuracy},
     )
 
 
-def _first_of_each_class(images, labels, num_classes):
-    return np.concatenate([images[labels == c][:SHOWN] for c in range(num_classes)])
+def _samplers(trained) -> dict:
+    """{row of the table: (sampler, its parameters)}; the teacher's rows, if there is one, begin with the best."""
+    program, samplers = trained.program, {}
+    sampling = program.run.sampling
+    if trained.teacher_folder:
+        for k in (sampling.teacher_steps, FEW_STEPS):
+            samplers[f"teacher {k}"] = program.teacher_sampler(k), trained.teacher.params
+    for k in STUDENT_STEPS:
+        if k <= len(sampling.mid_times):
+            samplers[f"student {k}"] = program.student_sampler(k), trained.state.ema
+    return samplers
 
 
-def _title(name):
-    kind, steps = name.split()
-    return f"{kind}, {steps} step{'s' if steps != '1' else ''}"
-
-
-def _curves(workdir, teacher_dir) -> dict:
-    """Loss and norm curves of the trainings that there were, from their metrics files."""
-
-    def series(folder, name):
-        rows = read_metrics(folder) if folder else []
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        return np.array(points, float).reshape(-1, 2)
-
-    plots = {
-        "teacher loss": {"diffusion": series(teacher_dir, "diffusion/loss")},
-        "student losses": {name: series(workdir, f"{name.lower()}/loss") for name in ("sCM", "dCM", "DMD")},
-        "fake score loss": {"critic": series(workdir, "critic/loss")},
-        "norms": {
-            "tangent": series(workdir, "scm/tangent_norm"),
-            "student gradient": series(workdir, "student/grad_norm"),
-        },
-    }
-    # A run without DMD, or one that ended before it, has no such curve.
-    plots = {title: {name: points for name, points in plot.items() if len(points)} for title, plot in plots.items()}
-    return {title: plot for title, plot in plots.items() if plot}
+def _by_class(images, labels, num_classes: int) -> np.ndarray:
+    """The first SHOWN images of each of at most CLASSES classes, [n, h, w, c]; NaN where a class has fewer."""
+    rows = np.full((min(num_classes, CLASSES), SHOWN, *images.shape[1:]), np.nan, np.float32)
+    for label, row in enumerate(rows):
+        found = images[labels == label][:SHOWN]
+        row[: len(found)] = found
+    return rows.reshape(-1, *images.shape[1:])

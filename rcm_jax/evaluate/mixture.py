@@ -1,4 +1,5 @@
-"""How near samples of a Gaussian mixture are to its exact teacher: sample by sample, as distributions, mode by mode."""
+"""How near samples of points in the plane are to data, class by class; and those of a Gaussian mixture to its exact
+teacher, sample by sample, as distributions, mode by mode."""
 
 import dataclasses
 import functools
@@ -60,12 +61,13 @@ def _runge_kutta(F: denoiser.Velocity, null: int, x, times, labels):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reference:
-    """What samples are measured against: the exact teacher, at one guidance, for the labels [n] asked for.
+    """What samples are measured against, for the labels [n] asked for: the exact teacher of a mixture, at one guidance.
 
-    target [n, 2] is its answer to the noise that the samples start from, independent [n, 2] to other noise.
+    target [n, 2] is its answer to the noise that the samples start from, independent [n, 2] to other noise. Of data
+    that are no mixture (None) these are training points and held-out ones.
     """
 
-    mixture: Mixture
+    mixture: Mixture | None
     labels: np.ndarray
     target: np.ndarray
     independent: np.ndarray
@@ -86,12 +88,32 @@ def make_reference(
         raise ValueError(f"class {classes[counts.argmin()]} has one sample; at least 2 of every class are needed")
     other = np.random.default_rng([seed, 1]).standard_normal(noise.shape)  # default_rng(seed) may have made noise
     both = exact_map(mixture, guidance, np.concatenate([noise, other]), np.tile(labels, 2), sigma_max)
-    return Reference(mixture, labels, *np.split(both, 2))
+    target, independent = np.split(both, 2)
+    return Reference(mixture, labels, target, independent)
+
+
+def data_reference(train, test, most: int, seed: int = 0) -> Reference:
+    """The reference of data (points [n, 2], labels [n]): as many training as held-out points of each class.
+
+    Of C classes each has at most `most`/C. ValueError for a class that has fewer than 2 points in train or test.
+    """
+    rng, parts, classes = np.random.default_rng(seed), [], np.unique(test[1])
+    for label in classes:
+        target, independent = (rng.permutation(points[labels == label]) for points, labels in (train, test))
+        n = min(len(target), len(independent), most // len(classes))
+        if n < 2:
+            sizes = f"{len(target)} training and {len(independent)} held-out points"
+            raise ValueError(f"class {label} has {sizes}; at least 2 of each are needed, of at most {most} in all")
+        parts.append((np.full(n, label), target[:n], independent[:n]))
+    labels, target, independent = (np.concatenate(part) for part in zip(*parts, strict=True))
+    order = rng.permutation(len(labels))  # in a picture, no class covers the others
+    return Reference(None, labels[order], target[order], independent[order])
 
 
 def evaluate(samples, reference: Reference) -> dict[str, float]:
     """Metrics of samples [n, 2] in the order of the reference's labels; lengths in standard deviations of the data.
 
+    Without a mixture they are mmd and sliced_wasserstein.
     map_error: root mean square of ‖sample − target‖, for samples that start from the reference's noise.
     mmd: squared maximum mean discrepancy, unbiased (it may be below 0); sliced_wasserstein: see there. Both are against
       the independent set, class by class, averaged over classes by their shares of the labels.
@@ -110,23 +132,24 @@ def evaluate(samples, reference: Reference) -> dict[str, float]:
         raise ValueError(f"samples are {samples.shape}, the reference is {target.shape}: one sample for each label")
     classes, counts = np.unique(labels, return_counts=True)
     pairs = [(samples[labels == label], reference.independent[labels == label]) for label in classes]
+    distances = {
+        name: float(np.average([distance(a, b) for a, b in pairs], weights=counts))
+        for name, distance in DISTANCES.items()
+    }
+    if reference.mixture is None:
+        return distances
     theirs, their_variances = modes(reference.mixture, target, labels)
     ours, our_variances = modes(reference.mixture, samples, labels)
     p, q = ((n + 0.5) / (n + 0.5).sum() for n in (theirs, ours))
     both = (ours > 1) & (theirs > 1)
+    ratios = our_variances[both] / their_variances[both]
     return {
         "map_error": float(np.sqrt(np.mean(np.sum((samples - target) ** 2, axis=1)))),
-        "mmd": _average([mmd(a, b) for a, b in pairs], counts),
-        "sliced_wasserstein": _average([sliced_wasserstein(a, b) for a, b in pairs], counts),
+        **distances,
         "mode_kl": float(np.sum(p * np.log(p / q))),
         "modes_lost": float(np.sum(ours < theirs / 10)),
-        "variance": _average(our_variances[both] / their_variances[both], ours[both]),
+        "variance": float(np.average(ratios, weights=ours[both])) if both.any() else np.nan,
     }
-
-
-def _average(values, weights) -> float:
-    """The weighted mean; NaN of nothing."""
-    return float(np.average(values, weights=weights)) if len(values) else np.nan
 
 
 def modes(mixture: Mixture, samples, labels) -> tuple[np.ndarray, np.ndarray]:
@@ -173,3 +196,7 @@ def sliced_wasserstein(a: np.ndarray, b: np.ndarray) -> float:
     directions = np.stack([np.cos(angles), np.sin(angles)])
     a, b = (np.sort((x @ directions).T, axis=1) for x in (a, b))
     return float(np.mean(np.abs(a - b)))
+
+
+# Of points of one class, samples and others: (a [n, 2], b [m, 2]) -> a number. A new metric of points is a line here.
+DISTANCES = {"mmd": mmd, "sliced_wasserstein": sliced_wasserstein}

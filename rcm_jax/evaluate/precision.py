@@ -1,8 +1,4 @@
-"""What narrow precision costs in F and in its tangent dF of a network: a picture, a table and, if asked, JSON.
-
-    python -m rcm_jax.evaluate.precision --out=docs/precision.png     # Wan 1.3B: 7 GB, minutes on two cores
-    python -m rcm_jax.evaluate.precision --model=cosmos-0.6b --out=docs/precision_cosmos.png
-    python -m rcm_jax.evaluate.precision --out=p.png --layers=2 --repeats=1 --smooth=0 --modulation=1
+"""What narrow precision costs in F and in its tangent dF of a network: the study, its table and its picture.
 
 Relative error ‖a − a32‖/‖a32‖ against the same network in float32, at the same weights, x_t, t and F_T; dF as the
 consistency loss forms it, and its parts along x and along t alone. Also the mismatch of F between a variant and (a):
@@ -11,21 +7,14 @@ rounded where the program says so.
 
 The weights are initial values, not trained ones, changed in three ways. Wan's sinusoids of the time have frequencies up
 to 1 in a time of 0..1000, and an untrained network uses all alike, so its F is another one at every thousandth of tau:
---smooth=U damps what turns by f in a thousandth by exp(−(U·f)²/2), and F varies over some U thousandths. (Those of
-Cosmos turn by 0.001 at most, and stay as they are.) --modulation multiplies the layer from time to modulation, whose
+`smooth` = U damps what turns by f in a thousandth by exp(−(U·f)²/2), and F varies over some U thousandths. (Those of
+Cosmos turn by 0.001 at most, and stay as they are.) `modulation` multiplies the layer from time to modulation, whose
 initial outputs (gates too) are near 0.06: blocks would hardly matter. What is initially 0 is drawn as other layers are.
 """
 
-import argparse
 import dataclasses
 import functools
-import json
 import math
-import pathlib
-import platform
-import resource
-import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -33,17 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from rcm_jax.evaluate.report import DPI, GREY, INK, PAPER, RULE, SERIES, WIDTH
-from rcm_jax.evaluate.table import format_table
+from rcm_jax import models
+from rcm_jax.evaluate.report import DPI, WIDTH
+from rcm_jax.media.picture import GREY, INK, RULE, SERIES, figure
 from rcm_jax.method import denoiser, trigflow
 from rcm_jax.models import cosmos, wan
 from rcm_jax.models.cosmos import CosmosConfig
 from rcm_jax.models.wan import WanConfig
-from rcm_jax.util.files import write_text, write_whole
 
 TAU = 0.02, 0.999  # rectified-flow times between which the study looks
 NARROW = {"dtype": "bfloat16", "time_dtype": "bfloat16"}
@@ -54,7 +40,6 @@ VARIANTS = {  # name → (changes of the config, whether the time itself is roun
 }
 QUANTITIES = "F", "dF", "dF in t", "dF in x"
 MISMATCH = "F from (a)"
-SETTINGS = "times", "repeats", "grid", "tokens", "seed", "smooth", "modulation"  # of a study, and flags
 SIZE = 13  # points: a README shows the picture at half its width
 PUBLISHED = {
     name: c for name, c in (wan.PUBLISHED | cosmos.PUBLISHED).items() if getattr(c, "model_type", "t2v") == "t2v"
@@ -64,39 +49,23 @@ PUBLISHED = {
 class Kind(NamedTuple):
     """What the study must know of a kind of network."""
 
-    module: type
-    init: Callable
-    time_scale: float
-    features: Callable  # config -> how many cosines and sines of the time
-    channels: str  # fields of the config: channels of x, features of text, blocks
+    features: str  # field of the config, as the next three: how many cosines and sines of the time
+    channels: str
     text: str
     layers: str
-    sinusoidal: tuple[tuple[str, str], ...]  # parameters whose first axis is that of the sinusoids
-    modulation: tuple[str, str]  # from time to modulation
+    sinusoidal: tuple[str, ...]  # parameters whose first axis is that of the sinusoids
+    modulation: str  # from time to modulation
 
 
 KINDS = {
-    WanConfig: Kind(
-        wan.Wan,
-        wan.init,
-        1000.0,
-        lambda c: c.freq_dim,
-        "in_dim",
-        "text_dim",
-        "num_layers",
-        (("time_in", "kernel"),),
-        ("time_projection", "kernel"),
-    ),
+    WanConfig: Kind("freq_dim", "in_dim", "text_dim", "num_layers", ("time_in/kernel",), "time_projection/kernel"),
     CosmosConfig: Kind(
-        cosmos.Cosmos,
-        cosmos.init,
-        1.0,
-        lambda c: c.model_channels,
+        "model_channels",
         "in_channels",
         "crossattn_emb_channels",
         "num_blocks",
-        (("time_in", "kernel"), ("time_norm", "scale")),
-        ("time_out", "kernel"),
+        ("time_in/kernel", "time_norm/scale"),
+        "time_out/kernel",
     ),
 }
 
@@ -125,7 +94,8 @@ def study(config, *, times=16, repeats=2, grid=(2, 8, 8), tokens=16, seed=0, smo
     config = dataclasses.replace(config, dtype="float32", time_dtype="float32")
     key = jax.random.key(seed)
     params = weights(config, key, smooth, modulation)
-    edges = np.linspace(*(math.log(tau / (1 - tau)) for tau in TAU), times + 1)
+    first, last = (math.log(tau / (1 - tau)) for tau in TAU)
+    edges = np.linspace(first, last, times + 1)
     rms, found = [], {name: [] for name in VARIANTS}
     for repeat in range(repeats):
         logit = edges[:-1] + (repeat + 0.5) / repeats * np.diff(edges)
@@ -134,12 +104,12 @@ def study(config, *, times=16, repeats=2, grid=(2, 8, 8), tokens=16, seed=0, smo
         F_teacher = _forward(config, params, x, t, cond)
         exact = measured(config, False, params, x, t, cond, F_teacher)
         rms.append([_norm(value) / math.sqrt(x[0].size) for value in exact])
-        first = None
+        F_first = None
         for name, (changes, rounded) in VARIANTS.items():
             values = measured(dataclasses.replace(config, **changes), rounded, params, x, t, cond, F_teacher)
-            first = values[0] if first is None else first
+            F_first = values[0] if F_first is None else F_first
             errors = [_norm(a - b) / _norm(b) for a, b in zip(values, exact, strict=True)]
-            found[name].append([*errors, _norm(values[0] - first) / _norm(first)])
+            found[name].append([*errors, _norm(values[0] - F_first) / _norm(F_first)])
     middle = (edges[:-1] + edges[1:]) / 2
     errors = {name: _by_quantity(values) for name, values in found.items()}
     return {"tau": 1 / (1 + np.exp(-middle)), "rms": _by_quantity(rms), "errors": errors}
@@ -147,25 +117,28 @@ def study(config, *, times=16, repeats=2, grid=(2, 8, 8), tokens=16, seed=0, smo
 
 @functools.partial(jax.jit, static_argnums=0)
 def _init(config, key):
-    return nn.meta.unbox(KINDS[type(config)].init(config, key))
+    return nn.meta.unbox(models.init(config, key))
 
 
 def weights(config, key, smooth: float, modulation: float) -> dict:
     """Initial float32 parameters, changed as the module says."""
     kind = KINDS[type(config)]
-    half = kind.features(config) // 2
-    turns = 10_000.0 ** -(np.arange(half) / half) * kind.time_scale / 1000  # in a thousandth of tau
+    half = getattr(config, kind.features) // 2
+    turns = (
+        10_000.0 ** -(np.arange(half) / half) * models.network_of(config).time_scale / 1000
+    )  # in a thousandth of tau
     damping = np.tile(np.exp(-((smooth * turns) ** 2) / 2), 2).astype(np.float32)  # cosines, sines
-    factors = dict.fromkeys(kind.sinusoidal, damping) | {kind.modulation: np.float32([modulation])}
+    factors = dict.fromkeys(kind.sinusoidal, damping) | {kind.modulation: np.array([modulation], np.float32)}
 
     def change(i, path, leaf):
-        if path[-1] == "kernel" and not leaf.any():
+        if path.endswith("/kernel") and not leaf.any():
             scale = (2 / sum(leaf.shape[-2:])) ** 0.5  # Glorot's
             return scale * jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
         return (leaf.T * factors[path]).T if path in factors else leaf  # along the first axis
 
-    params = flatten_dict(_init(config, key))
-    return unflatten_dict({path: change(i, path, leaf) for i, (path, leaf) in enumerate(params.items())})
+    params = flatten_dict(_init(config, key), sep="/")
+    changed = {path: change(i, path, leaf) for i, (path, leaf) in enumerate(params.items())}
+    return unflatten_dict(changed, sep="/")
 
 
 def inputs(config, key, t, grid, tokens: int):
@@ -180,13 +153,14 @@ def inputs(config, key, t, grid, tokens: int):
 
 def _velocity(config, rounded: bool) -> denoiser.Velocity:
     """F of the network; rounded: its time becomes the nearest bfloat16, and its tangent too, as a cast does it."""
-    kind = KINDS[type(config)]
+    record = models.network_of(config)
+    network, scale = record.module(config), record.time_scale
 
     def net(params, x, time, cond):
         time = jax.lax.reduce_precision(time, 8, 7) if rounded else time
-        return kind.module(config).apply({"params": params}, x, time, **cond)
+        return network.apply({"params": params}, x, time, **cond)
 
-    return denoiser.from_rectified_flow(net, kind.time_scale)
+    return denoiser.from_rectified_flow(net, scale)
 
 
 # XLA may keep more bits than a bfloat16 has where it fuses operations; here every value is rounded.
@@ -221,13 +195,14 @@ def _by_quantity(values) -> dict[str, np.ndarray]:
     return dict(zip((*QUANTITIES, MISMATCH)[: len(values)], values, strict=True))
 
 
-def _mean_square(values, axis=None):
+def mean_square(values, axis=None):
+    """Root of the mean of squares."""
     return np.sqrt(np.mean(np.square(values), axis=axis))
 
 
 def summary(result) -> dict[str, dict[str, float]]:
     """Rows for format_table: root mean square over all times and repeats, and the largest; percent."""
-    kinds = {"": _mean_square, ", worst": np.max}
+    kinds = {"": mean_square, ", worst": np.max}
     return {
         name + kind: {quantity: 100 * float(of(values)) for quantity, values in by_quantity.items()}
         for kind, of in kinds.items()
@@ -235,18 +210,20 @@ def summary(result) -> dict[str, dict[str, float]]:
     }
 
 
-def draw(result, title: str) -> Figure:
-    """Errors of F and of dF over tau: root mean square of the repeats as lines, all of them as a band."""
-    figure = Figure(figsize=(WIDTH / DPI, 5.6), dpi=DPI, facecolor=PAPER, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12, wspace=0.04)
-    figure.suptitle(title, fontsize=15, color=INK, weight="bold", x=0.012, ha="left")
+def draw(result, title: str):
+    """A figure: errors of F and of dF over tau, root mean square of the repeats as lines, all of them as a band."""
+    page = figure(WIDTH / DPI, 5.6, dpi=DPI)
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+    page.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12, wspace=0.04))
+    page.suptitle(title, fontsize=15, color=INK, weight="bold", x=0.012, ha="left")
     titles = {"F": "F, the network's velocity", "dF": "dF, its tangent (jvp along the trajectory)"}
-    for axes, (quantity, heading) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+    for axes, (quantity, heading) in zip(page.subplots(1, 2, sharey=True), titles.items(), strict=True):
         for color, (name, errors) in zip(SERIES, result["errors"].items(), strict=False):
             values = errors[quantity]
             axes.fill_between(result["tau"], values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
-            axes.plot(result["tau"], _mean_square(values, 0), color=color, linewidth=2.4, label=name)
+            axes.plot(result["tau"], mean_square(values, 0), color=color, linewidth=2.4, label=name)
         axes.set_title(heading, loc="left", fontsize=SIZE, color=INK)
         axes.set(xscale="logit", yscale="log", xlim=TAU)  # logit tau is log tan t
         axes.xaxis.set_major_locator(FixedLocator((*TAU, 0.1, 0.5, 0.9, 0.99)))
@@ -261,63 +238,7 @@ def draw(result, title: str) -> Figure:
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(GREY)
-    figure.axes[0].set_ylabel("relative error to float32", fontsize=SIZE, color=GREY)
-    lines, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside lower center", ncols=3, fontsize=SIZE, labelcolor=INK, frameon=False)
-    return figure
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {' '.join(str(message).split())}\n")  # one line
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="the picture, a .png")
-    parser.add_argument("--json", type=pathlib.Path, help="also write all numbers there")
-    parser.add_argument("--model", choices=PUBLISHED, default="wan-1.3b")
-    parser.add_argument("--layers", type=int, help="blocks; all of the model's if not given")
-    parser.add_argument("--grid", type=int, nargs=3, default=(2, 8, 8), help="frames, rows, columns of latents")
-    parser.add_argument("--tokens", type=int, default=16, help="of text")
-    parser.add_argument("--times", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=2, help="with other noise and text, and times between the times")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smooth", type=float, default=30.0, help="thousandths of tau over which F varies; 0: as init")
-    parser.add_argument("--modulation", type=float, default=8.0, help="factor on the modulation by the time")
-    return parser
-
-
-def main(argv=None) -> None:
-    parser, start = _parser(), time.perf_counter()
-    args = parser.parse_args(argv)
-    if args.out.suffix != ".png":
-        parser.error(f"--out {args.out} must end in .png")
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    try:
-        config = PUBLISHED[args.model]
-        if args.layers is not None:
-            config = dataclasses.replace(config, **{KINDS[type(config)].layers: args.layers})
-        result = study(config, **settings)
-        layers = getattr(config, KINDS[type(config)].layers)
-        what = f"{args.model}, {layers} layers, untrained (smooth {args.smooth:g}, "
-        what += f"modulation {args.modulation:g})"
-        figure = draw(result, f"What bfloat16 costs: {what}")
-        write_whole(args.out, lambda path: figure.savefig(path, format="png", facecolor=PAPER))
-        made = {"jax": jax.__version__, "python": platform.python_version(), "backend": jax.default_backend()}
-        used = {"seconds": time.perf_counter() - start, "peak_gib": _peak_gib()}
-        if args.json:
-            record = {"model": dataclasses.asdict(config), **settings, **made, **used, **result}
-            write_text(args.json, json.dumps(record, indent=1, default=lambda array: array.tolist()) + "\n")
-    except (ValueError, OSError) as error:
-        parser.error(error)
-    print(f"{what}; Python {made['python']}, JAX {made['jax']}, {made['backend']}")
-    print("float32, rms: " + ", ".join(f"{name} {_mean_square(rms):.3g}" for name, rms in result["rms"].items()))
-    print("relative error to float32, percent")
-    print(format_table(summary(result)))
-    print(f"{used['seconds']:.0f} s, peak memory {used['peak_gib']:.1f} GiB; {args.out}")
-
-
-def _peak_gib() -> float:
-    """Most resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if platform.system() == "Darwin" else 2**20)
-
-
-if __name__ == "__main__":
-    main()
+    page.axes[0].set_ylabel("relative error to float32", fontsize=SIZE, color=GREY)
+    named = page.axes[0].get_legend_handles_labels()
+    page.legend(*named, loc="outside lower center", ncols=3, fontsize=SIZE, labelcolor=INK, frameon=False)
+    return page

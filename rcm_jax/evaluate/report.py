@@ -1,24 +1,23 @@
 """The end of a run on one page: samples side by side, training curves, metrics. report.png and report.json."""
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from rcm_jax.evaluate.table import COLUMNS, Rows, cells, format_table
-from rcm_jax.media.picture import grid
-from rcm_jax.util.files import write_text, write_whole
+from rcm_jax.media.picture import GREY, INK, RULE, SERIES, figure, grid, save_figure
+from rcm_jax.util.files import write_text
 
-INK, GREY, RULE, PAPER = "#1f2430", "#697180", "#d9dde3", "#ffffff"
-SERIES = ("#2f5f8f", "#c4663a", "#4c8a68", "#8a68a6", "#a88a2c")
+if TYPE_CHECKING:  # only what draws imports matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 TITLE, TEXT, SMALL = 16, 9, 8  # points
 DPI = 120
 # Pixels of the page.
@@ -28,14 +27,12 @@ PLOT_HEIGHT, PLOT_LEFT = 196, 52  # PLOT_LEFT: room for the numbers on the verti
 ROW = 32
 PANELS, PLOTS = 6, 4  # on one line, at most
 
-Series = Sequence[tuple[float, float]] | np.ndarray  # (step, value) pairs, [k, 2]
-
 
 def write_report(
     folder,
     *,
     panels: Mapping[str, np.ndarray],
-    curves: Mapping[str, Series | Mapping[str, Series]],
+    curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]] | np.ndarray]],
     rows: Rows,
     title: str,
     footer: str = "",
@@ -48,43 +45,45 @@ def write_report(
     panels: title → images [n, h, w, c] in [0, 1], laid out in order with `columns` images to a row; give all panels
     the same order (say one class per row, and the same noise at the same place) and they can be compared place by
     place. Strokes read best as ink on paper: pass 1 − images. row_labels name the rows of the first panel.
-    curves: title → (step, value) pairs, or several named series for one pair of axes; values that are not finite
-    leave gaps. rows: name → metrics, as `table` returns them. metadata is added to the JSON file as it is, but NaN
-    and infinity become null there.
+    curves: title → label → (step, value) pairs; values that are not finite leave gaps. rows: name → metrics, as `table`
+    returns them. metadata is added to the JSON file as it is, but NaN and infinity become null there.
 
     Raises:
       ValueError: a panel or a series of another shape; another number of row labels than of rows.
     """
-    curves = {name: _series(name, value) for name, value in curves.items()}
+    curves = {name: {label: _pairs(label, of) for label, of in plot.items()} for name, plot in curves.items()}
     grids = {name: _panel(images, columns, len(_lines(panels, PANELS)[0])) for name, images in panels.items()}
     image_rows = -(-len(next(iter(panels.values()))) // columns) if panels else 0
     if row_labels and len(row_labels) != image_rows:
         raise ValueError(f"{len(row_labels)} row labels for the first panel's {image_rows} rows; give one for each row")
-    figure = _draw(grids, curves, rows, title, footer, row_labels)
     folder = pathlib.Path(folder)
-    write_whole(folder / "report.png", lambda path: figure.savefig(path, format="png", dpi=DPI, facecolor=PAPER))
-    record = {
-        "title": title,
-        "footer": footer,
-        "rows": rows,
-        "panels": {name: list(np.shape(images)) for name, images in panels.items()},
-        "curves": curves,
-        "metadata": metadata or {},
-    }
+    save_figure(folder / "report.png", _draw(grids, curves, rows, title, footer, row_labels))
+    shapes = {name: list(np.shape(images)) for name, images in panels.items()}
+    record = dict(title=title, footer=footer, rows=rows, panels=shapes, curves=curves, metadata=metadata or {})
     text = json.dumps(_plain(record), indent=1, allow_nan=False, ensure_ascii=False)
     write_text(folder / "report.json", text + "\n")
     return format_table(rows)
+
+
+def data_name(config) -> str:
+    """What a report calls data, from the class of their config: "digits" of a DigitsConfig."""
+    return type(config).__name__.removesuffix("Config").lower()
+
+
+def in_steps(steps: int) -> str:
+    """Their number in words: 1 step, 2 steps."""
+    return "1 step" if steps == 1 else f"{steps} steps"
 
 
 @dataclasses.dataclass
 class _Page:
     """A figure measured in pixels from its top left corner; `top` is where the next band begins."""
 
-    figure: Figure
+    figure: "Figure"
     height: int
     top: float = 0
 
-    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+    def axes(self, left: float, top: float, width: float, height: float) -> "Axes":
         bottom = self.height - top - height
         return self.figure.add_axes((left / WIDTH, bottom / self.height, width / WIDTH, height / self.height))
 
@@ -92,11 +91,13 @@ class _Page:
         self.figure.text(x / WIDTH, 1 - y / self.height, text, fontsize=size, color=color, **style)
 
     def rule(self, y: float, color: str = RULE) -> None:
+        from matplotlib.lines import Line2D
+
         ends = (MARGIN / WIDTH, 1 - MARGIN / WIDTH)
         self.figure.add_artist(Line2D(ends, (1 - y / self.height,) * 2, color=color, linewidth=0.8))
 
 
-def _draw(grids, curves, rows: Rows, title: str, footer: str, row_labels: Sequence[str]) -> Figure:
+def _draw(grids, curves, rows: Rows, title: str, footer: str, row_labels: Sequence[str]) -> "Figure":
     """The bands from top to bottom: title, panels, curves, table, footer."""
     panel_lines, plot_lines = _lines(grids, PANELS), _lines(curves, PLOTS)
     panel_heights = [max(_size(grids[name], len(line))[1] for name in line) for line in panel_lines]
@@ -104,9 +105,7 @@ def _draw(grids, curves, rows: Rows, title: str, footer: str, row_labels: Sequen
     table = 58 + ROW * len(rows) if rows else 0
     foot = 36 + (16 * (1 + footer.count("\n")) + 20 if footer else 0)
     height = round(head + sum(panel_heights) + 58 * len(panel_lines) + plot_band * len(plot_lines) + table + foot)
-    figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor=PAPER)
-    FigureCanvasAgg(figure)
-    page = _Page(figure, height, top=head)
+    page = _Page(figure(WIDTH / DPI, height / DPI, dpi=DPI), height, top=head)
     page.text(MARGIN, 62, title, TITLE, weight="bold")
     for i, (line, panel_height) in enumerate(zip(panel_lines, panel_heights, strict=True)):
         _draw_panels(page, {name: grids[name] for name in line}, row_labels if i == 0 else ())
@@ -118,7 +117,7 @@ def _draw(grids, curves, rows: Rows, title: str, footer: str, row_labels: Sequen
         _draw_table(page, rows)
         page.top += table
     page.text(MARGIN, page.top + 20, footer, SMALL, GREY, va="top", linespacing=1.5)
-    return figure
+    return page.figure
 
 
 def _draw_panels(page: _Page, grids: Mapping[str, np.ndarray], row_labels: Sequence[str]) -> None:
@@ -146,28 +145,21 @@ def _draw_plots(page: _Page, curves: Mapping[str, dict[str, np.ndarray]], places
         page.text(left, page.top + 8, name, weight="bold")
         axes = page.axes(left + PLOT_LEFT, page.top + 44, cell - GAP - PLOT_LEFT, PLOT_HEIGHT)
         smooth = {label: _smooth(points) for label, points in series.items()}
-        for color, (label, points) in zip(_cycle(len(series)), series.items(), strict=True):
+        for color, (label, points) in zip(itertools.cycle(SERIES), series.items(), strict=False):
             axes.plot(*points.T, color=color, linewidth=0.8, alpha=0.25)
             marker = "o" if len(points) == 1 else None
             axes.plot(points[:, 0], smooth[label], color=color, linewidth=1.5, marker=marker, label=label)
         _style(axes, np.concatenate(list(smooth.values())))
         if len(series) > 1:
-            axes.legend(
-                loc="lower left",
-                bbox_to_anchor=(0, 1),
-                borderaxespad=0.2,
-                borderpad=0,
-                ncols=len(series),
-                frameon=False,
-                fontsize=SMALL,
-                labelcolor=GREY,
-                handlelength=1.2,
-                columnspacing=1.2,
-            )
+            spaces = dict(borderaxespad=0.2, borderpad=0, handlelength=1.2, columnspacing=1.2)
+            style = dict(ncols=len(series), frameon=False, fontsize=SMALL, labelcolor=GREY)
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), **spaces, **style)
 
 
-def _style(axes: Axes, values: np.ndarray) -> None:
+def _style(axes: "Axes", values: np.ndarray) -> None:
     """Quiet axes: horizontal grid lines, few numbers; a logarithmic scale where positive values span a factor of 20."""
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() > 20 * values.min():
         axes.set_yscale("log")
@@ -236,18 +228,12 @@ def _lines(items: Mapping, most: int) -> list[list]:
     return [names[i : i + length] for i in range(0, len(names), max(1, length))]
 
 
-def _cycle(n: int) -> list[str]:
-    return [SERIES[i % len(SERIES)] for i in range(n)]
-
-
-def _series(name: str, value) -> dict[str, np.ndarray]:
-    """One series or several named ones → label → float64 [k, 2], the order of steps kept."""
-    named = value if isinstance(value, Mapping) else {name: value}
-    arrays = {label: np.asarray(points, np.float64) for label, points in named.items()}
-    for label, points in arrays.items():
-        if points.ndim != 2 or points.shape[1] != 2 or not len(points):
-            raise ValueError(f"curve {label!r} has shape {points.shape}, expected [k, 2]: k >= 1 pairs (step, value)")
-    return arrays
+def _pairs(label: str, series) -> np.ndarray:
+    """A series as float64 [k, 2]."""
+    points = np.asarray(series, np.float64)
+    if points.ndim != 2 or points.shape[1] != 2 or not len(points):
+        raise ValueError(f"curve {label!r} has shape {points.shape}, expected [k, 2]: k >= 1 pairs (step, value)")
+    return points
 
 
 def _smooth(points: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -71,6 +72,30 @@ def make_reference(
     return Reference(classifier, images, classifier.features(images), classifier.accuracy(images, test_labels), k)
 
 
+class Seen(NamedTuple):
+    """What a metric of samples may use: pixels [n, h·w·c] in standard deviations, features [n, f], images [n, h, w, c]
+    and the classes [n] asked for."""
+
+    pixels: np.ndarray
+    features: np.ndarray
+    images: np.ndarray
+    labels: np.ndarray
+    reference: Reference
+
+
+# What is measured of images: Seen -> a number, or several by name. A new one is a line here (and one in COLUMNS, for
+# another heading than its name).
+METRICS = {
+    "frechet_features": lambda seen: frechet_distance(seen.features, seen.reference.features),
+    "frechet_pixels": lambda seen: frechet_distance(
+        seen.pixels, flat(seen.reference.images) / seen.reference.classifier.deviation
+    ),
+    "accuracy": lambda seen: seen.reference.classifier.accuracy(seen.images, seen.labels),
+    "neighbours": lambda seen: neighbour_metrics(seen.reference.features, seen.features, seen.reference.k),
+    "diversity": lambda seen: within_class_distance(seen.pixels, seen.labels),
+}
+
+
 def evaluate_samples(samples, labels, reference: Reference) -> dict[str, float]:
     """Metrics of samples [n, h, w, c], asked for as classes `labels` [n].
 
@@ -93,16 +118,14 @@ def evaluate_samples(samples, labels, reference: Reference) -> dict[str, float]:
     features = reference.classifier.features(samples)
     unit = reference.classifier.deviation
     pixels = flat(samples) / unit
-    return {
-        "frechet_features": frechet_distance(features, reference.features),
-        "frechet_pixels": frechet_distance(pixels, flat(reference.images) / unit),
-        "accuracy": reference.classifier.accuracy(samples, labels),
-        **neighbour_metrics(reference.features, features, reference.k),
-        "diversity": within_class_distance(pixels, labels),
-    }
+    seen, found = Seen(pixels, features, samples, labels, reference), {}
+    for name, metric in METRICS.items():
+        value = metric(seen)
+        found |= value if isinstance(value, dict) else {name: value}
+    return found
 
 
-def table(rows: Rows, relative_to: str = "teacher 50") -> dict[str, dict[str, float | None]]:
+def table(rows: Rows, relative_to: str) -> dict[str, dict[str, float | None]]:
     """Copies rows (name → metrics) and adds `NAME_ratio` for the Fréchet distances and diversity, relative to one row.
 
     A ratio is None where the base is 0 or the metric is missing. Plain floats throughout: ready for json.dumps.

@@ -1,10 +1,8 @@
 """Curves of what is watched, from metrics files."""
 
 import json
-import sys
 
 import numpy as np
-import pytest
 
 from rcm_jax.evaluate import curves
 
@@ -25,13 +23,28 @@ def test_a_panel_has_a_line_for_every_metric_that_the_run_has():
     assert len(figure.axes) == 2 * len(curves.PANELS)
 
 
-def test_the_command_draws_a_picture_or_says_what_is_missing(tmp_path, monkeypatch, capsys):
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    out = tmp_path / "curves.png"
-    monkeypatch.setattr(sys, "argv", ["curves", f"run={tmp_path}", f"--out={out}"])
-    curves.main()
-    assert out.stat().st_size > 10_000
-    monkeypatch.setattr(sys, "argv", ["curves", "run=nowhere", f"--out={out}"])
-    with pytest.raises(SystemExit):
-        curves.main()
-    assert "no metrics.jsonl in nowhere" in capsys.readouterr().err
+def write(folder, rows):
+    """A workdir with these metrics."""
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_report_has_a_curve_for_every_loss_whoever_made_it(tmp_path):
+    student = [
+        {"step": 1, "mine/loss": 3.0, "scm/tangent_norm": 0.5, "mine/loss/t0": 1.0, "mine/weight": 1.0, "loss": 1.0},
+        {"step": 2, "mine/loss": None, "dmd/loss": 7.0, "critic/loss": 5.0, "never/loss": None},
+    ]
+    teacher = [{"step": 9, "diffusion/loss": 2.0, "scm/tangent_norm": 1.0}]
+    student, teacher = write(tmp_path / "student", student), write(tmp_path / "teacher", teacher)
+    plots = {
+        "teacher loss": {"diffusion": [[9, 2]]},
+        "student losses": {"mine": [[1, 3]], "dmd": [[2, 7]]},
+        "fake score loss": {"critic": [[2, 5]]},
+        "norms": {"tangent": [[1, 0.5]]},
+    }
+    made = curves.of_training(student, teacher)
+    assert {title: {k: v.tolist() for k, v in plot.items()} for title, plot in made.items()} == plots
+    assert list(made["student losses"]) == ["mine", "dmd"]  # as they come
+    assert list(curves.of_training(teacher)) == ["student losses", "norms"]
+    assert curves.of_training(tmp_path / "nothing") == {}

@@ -25,6 +25,12 @@ def test_a_set_is_at_distance_zero_from_itself(shape):
     assert frechet_distance(x, x[::-1]) < 1e-12  # the order of samples is of no account
 
 
+def test_features_that_are_always_zero_change_nothing_and_cost_little():
+    a, b = (np.random.default_rng(seed).normal(size=(n, 5)) for seed, n in ((0, 12), (1, 9)))
+    padded = (np.pad(x, [(0, 0), (0, 20_000)]) for x in (a, b))
+    assert frechet_distance(*padded) == pytest.approx(frechet_distance(a, b), rel=1e-12)
+
+
 def test_closed_form_of_commuting_gaussians():
     """Diagonal covariances, exact in the samples: ‖mu‖² + Σ (sigma_a − sigma_b)²."""
     rng = np.random.default_rng(1)

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from rcm_jax.data.mixture import MixtureConfig, sample, standardise
-from rcm_jax.evaluate.mixture import evaluate, exact_map, make_reference, mmd, modes, sliced_wasserstein
+from rcm_jax.evaluate.mixture import (
+    data_reference,
+    evaluate,
+    exact_map,
+    make_reference,
+    mmd,
+    modes,
+    sliced_wasserstein,
+)
 
 N = 4_000
 MIXTURE = standardise(
@@ -120,6 +128,35 @@ def test_mmd_is_its_formula_and_unbiased():
     assert abs(np.mean(values)) < 4 * np.std(values) / 20
 
 
+def labelled(counts, seed):
+    """Points about (c, 0) for class c, and their labels: counts[c] of each."""
+    labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    noise = np.random.default_rng(seed).normal(size=(len(labels), 2))
+    return np.stack([labels, 0 * labels], axis=1) + 0.01 * noise, labels
+
+
+def test_a_reference_of_data_has_equally_many_of_each_class_from_both_splits():
+    train, test = labelled([50, 10, 200], 0), labelled([40, 40, 40], 1)
+    reference = data_reference(train, test, most=1000)
+    assert np.bincount(reference.labels).tolist() == [40, 10, 40] and reference.labels.dtype == np.int32
+    for points, (source, _) in (reference.target, train), (reference.independent, test):
+        np.testing.assert_array_equal(np.round(points[:, 0]), reference.labels)
+        assert len(np.unique(points, axis=0)) == 90 and np.isin(points, source).all()
+    assert np.any(np.diff(reference.labels) < 0)  # mixed, for pictures
+    assert np.bincount(data_reference(train, test, most=60).labels).tolist() == [20, 10, 20]
+
+
+def test_distances_are_taken_class_by_class():
+    reference = data_reference(labelled([300, 100], 0), labelled([300, 100], 1), most=1000)
+    near = evaluate(reference.target, reference)
+    assert abs(near["mmd"]) < 1e-3 and near["sliced_wasserstein"] < 0.005
+    swapped = evaluate(reference.independent[:, ::-1], reference)  # class 0 stays where it is, class 1 moves by (-1, 1)
+    assert swapped["sliced_wasserstein"] == pytest.approx(0.25 * np.sqrt(2) * 2 / np.pi, rel=0.02)
+    classes_exchanged = reference.independent.copy()
+    classes_exchanged[:, 0] = 1 - classes_exchanged[:, 0]
+    assert evaluate(classes_exchanged, reference)["mmd"] > 0.5
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -127,6 +164,11 @@ def test_mmd_is_its_formula_and_unbiased():
         (lambda r: evaluate(r.target * np.nan, r), "4000 of 4000 samples"),
         (lambda r: exact_map(MIXTURE, 1.0, np.zeros((2, 2)), np.array([0, 3])), r"0 to 1, or 2 for all, got \[3\]"),
         (lambda r: make_reference(MIXTURE, 1.0, np.zeros((3, 2)), np.array([0, 1, 1])), "class 0 has one sample"),
+        (
+            lambda r: data_reference(labelled([9, 1], 0), labelled([3, 3], 0), 9),
+            "class 1 has 1 training and 3 held-out",
+        ),
+        (lambda r: data_reference(labelled([9], 0), labelled([9], 0), 1), "of at most 1 in all"),
     ],
 )
 def test_bad_input(reference, call, message):

@@ -1,16 +1,14 @@
 """What narrow precision costs: the study on a tiny network."""
 
 import dataclasses
-import json
 
-import imageio.v3 as imageio
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rcm_jax.evaluate import precision
-from rcm_jax.evaluate.precision import MISMATCH, PUBLISHED
+from rcm_jax.evaluate.precision import MISMATCH
 from rcm_jax.method import trigflow
 from rcm_jax.models.wan import Wan
 from tests import cosmos, tiny, wan
@@ -19,7 +17,6 @@ from tests.tiny import relative
 fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compilation)
 
 SIZES = dict(times=5, repeats=2, grid=(2, 4, 4), tokens=4)
-FLAGS = ["--times=5", "--repeats=2", "--grid", "2", "4", "4", "--tokens=4"]
 A, B, C = precision.VARIANTS
 
 
@@ -110,43 +107,25 @@ def test_weights_are_initial_values_with_another_time_embedding():
     assert relative(after["patch_in"]["kernel"], before["patch_in"]["kernel"]) == 0
 
 
-def test_command(tmp_path, monkeypatch, capsys, result):
-    monkeypatch.setitem(PUBLISHED, "wan-1.3b", wan.TINY)
-    png, record = tmp_path / "new" / "p.png", tmp_path / "p.json"
-    precision.main([f"--out={png}", f"--json={record}", *FLAGS])
-    text = capsys.readouterr().out
-    assert f"JAX {jax.__version__}" in text and "2 layers" in text and "peak memory" in text
-    for name, row in precision.summary(result).items():
-        assert name in text and f"{row['dF']:.3f}" in text
-    picture = imageio.imread(png)
-    assert picture.shape[1] == 1640 and picture[..., :3].std() > 20
-    values = json.loads(record.read_text(encoding="utf-8"))
-    assert values["errors"][C]["dF"] == result["errors"][C]["dF"].tolist() and values["model"]["dim"] == 24
-    assert sorted(file.name for file in tmp_path.rglob("*.*")) == ["p.json", "p.png"]
+def test_the_picture_shows_both_quantities_of_every_variant(result):
+    left, right = precision.draw(result, "title").axes
+    assert [line.get_label() for line in left.lines] == [line.get_label() for line in right.lines] == [A, B, C]
+    np.testing.assert_allclose(right.lines[1].get_ydata(), precision.mean_square(result["errors"][B]["dF"], 0))
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("settings", "message"),
     [
-        ("--out=p.pdf", "--out p.pdf must end in .png"),
-        ("--layers=0", "num_layers must be at least 1, got 0"),
-        ("--layers=two", "argument --layers: invalid int value: 'two'"),
-        ("--model=wan-i2v-14b", "argument --model: invalid choice: 'wan-i2v-14b'"),
-        ("--smooth=-1", "smooth -1.0 must be at least 0 and modulation 8.0 above 0, both finite"),
-        ("--modulation=nan", "smooth 30.0 must be at least 0 and modulation nan above 0, both finite"),
-        ("--grid 1 3 4", "patch 1×2×2 does not divide the 1×3×4 frames, rows and columns"),
-        ("--times=0", "times 0, repeats 2, grid (2, 8, 8) and tokens 4 must be at least 1"),
-        ("--tokens=7", "tokens 7 must be at least 1, and tokens at most the network's 6"),
+        (dict(smooth=-1.0), "smooth -1.0 must be at least 0 and modulation 8.0 above 0, both finite"),
+        (dict(modulation=np.nan), "smooth 30.0 must be at least 0 and modulation nan above 0, both finite"),
+        (dict(grid=(1, 3, 4)), "patch 1×2×2 does not divide the 1×3×4 frames, rows and columns"),
+        (dict(times=0), r"times 0, repeats 2, grid \(2, 8, 8\) and tokens 4 must be at least 1"),
+        (dict(tokens=7), "tokens 7 must be at least 1, and tokens at most the network's 6"),
     ],
 )
-def test_bad_flags_are_refused_in_one_line(tmp_path, monkeypatch, capsys, flags, message):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(PUBLISHED, "wan-1.3b", wan.TINY)
-    with pytest.raises(SystemExit) as exit:
-        precision.main(["--out=p.png", "--tokens=4", *flags.split()])
-    error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        precision.study(wan.TINY, **dict(tokens=4) | settings)
 
 
 def test_image_to_video_is_refused():

@@ -5,6 +5,7 @@ import json
 import imageio.v3 as imageio
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from rcm_jax.evaluate import report
 from rcm_jax.evaluate.report import write_report
@@ -14,13 +15,14 @@ ROWS = {
     "teacher 50": {"frechet_pixels": 0.36, "accuracy": 0.99},
     "student 1": {"frechet_pixels": 0.4, "accuracy": None},
 }
+BROKEN = [(0, np.nan), (1, np.inf), (2, -1)]
 
 
 def contents(panels: int = 5, curves: int = 3) -> dict:
     rng = np.random.default_rng(0)
     steps = np.arange(0, 1000, 10)
     series = {
-        f"loss {i}": np.stack([steps, np.exp(-steps / 200) * (10**i) + rng.uniform(size=100) * 0.01], axis=1)
+        f"loss {i}": {"loss": np.stack([steps, np.exp(-steps / 200) * (10**i) + rng.uniform(size=100) * 0.01], axis=1)}
         for i in range(curves)
     }
     return {
@@ -40,7 +42,7 @@ def test_report(tmp_path):
     assert picture.shape[1] == 1640 and picture.shape[0] > 700 and picture[..., :3].std() > 20
     record = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
     assert record["rows"] == ROWS and record["title"] == "rCM on digits"
-    assert record["panels"]["panel 0"] == [80, 8, 8, 1] and len(record["curves"]["loss 1"]["loss 1"]) == 100
+    assert record["panels"]["panel 0"] == [80, 8, 8, 1] and len(record["curves"]["loss 1"]["loss"]) == 100
     assert record["metadata"] == {"seed": 3, "times": [1.5, None]}
     assert sorted(file.name for file in (tmp_path / "report").iterdir()) == ["report.json", "report.png"]
 
@@ -60,7 +62,7 @@ def test_panels_are_drawn_pixel_by_pixel(tmp_path):
         {"panels": {}, "curves": {}, "rows": {}},
         {"panels": {"large, in colour": np.random.default_rng(0).uniform(size=(10, 64, 96, 3))}},
         {"panels": {f"panel {i}": np.zeros((3, 8, 8, 1)) for i in range(8)}, "curves": {}},
-        {"curves": {"one": [(5, 2.0)], "constant": [(0, 1), (9, 1)], "broken": [(0, np.nan), (1, np.inf), (2, -1)]}},
+        {"curves": {"one": {"a": [(5, 2.0)]}, "constant": {"b": [(0, 1), (9, 1)]}, "broken": {"c": BROKEN}}},
         {"curves": {"several": {f"{k} steps": [(0, k), (10, k / 50)] for k in (1, 2, 4)}}},
         {"rows": {"a": {"something_else": 1.0, "accuracy": None}, "b": {}}},
     ],
@@ -80,11 +82,11 @@ def test_no_text_overlaps_or_leaves_the_page(columns):
     data = contents()
     rows = {row: dict.fromkeys(columns, 12.345) for row in ("real (training split)", "teacher 50", "student 1")}
     grids = {name: report._panel(images, 8, 5) for name, images in data["panels"].items()}
-    curves = {name: report._series(name, value) for name, value in data["curves"].items()}
+    curves = dict(data["curves"])
     curves["distance"] = {f"{k} steps": np.array([[0, 3.0], [9, 0.1 * k]]) for k in (1, 2, 4)}
     figure = report._draw(grids, curves, rows, data["title"], "footer\nline", [str(i) for i in range(10)])
+    renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
-    renderer = figure.canvas.get_renderer()
     texts = list(figure.texts) + [axes.xaxis.label for axes in figure.axes if axes.axison]
     for axes in figure.axes:
         if axes.axison:
@@ -105,7 +107,7 @@ def test_no_text_overlaps_or_leaves_the_page(columns):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"curves": {"loss": [1.0, 2.0]}}, r"'loss' has shape \(2,\), expected \[k, 2\]"),
+        ({"curves": {"one": {"loss": [1.0, 2.0]}}}, r"'loss' has shape \(2,\), expected \[k, 2\]"),
         ({"row_labels": ["0", "1"]}, "2 row labels for the first panel's 10 rows"),
         ({"panels": {"a": np.zeros((4, 8, 8))}}, r"\(4, 8, 8\), expected \[n, h, w, c\]"),
     ],

@@ -63,7 +63,7 @@ ROWS = {
 
 
 def test_ratios():
-    rows = table(ROWS)
+    rows = table(ROWS, "teacher 50")
     assert rows["student 1"]["frechet_features_ratio"] == 2 and rows["student 1"]["diversity_ratio"] == 0.75
     assert rows["teacher 50"]["diversity_ratio"] == 1
     assert rows["student 1"]["frechet_pixels_ratio"] is None  # the base is 0
@@ -74,7 +74,7 @@ def test_ratios():
 
 
 def test_text_is_aligned():
-    upper, lower, rule, *lines = format_table(table(ROWS)).splitlines()
+    upper, lower, rule, *lines = format_table(table(ROWS, "teacher 50")).splitlines()
     assert [line.split("  ")[0] for line in lines] == ["teacher 50", "student 1"]
     assert set(rule) == {"-"} and len(rule) == max(map(len, lines)) == len(lower)
     assert lower.split()[:3] == ["features", "pixels", "accuracy"] and upper.split()[:2] == ["FD", "FD"]
