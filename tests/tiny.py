@@ -11,21 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from rcm_jax.data import DigitsConfig, latents
-from rcm_jax.data.dataset import Dataset
+from rcm_jax.data import latents
 from rcm_jax.kernels import attention
 from rcm_jax.method import denoiser
-from rcm_jax.method.objectives.consistency import ScmConfig
-from rcm_jax.method.objectives.dmd import DmdConfig
+from rcm_jax.method.objectives import DiffusionConfig, DmdConfig, ScmConfig
 from rcm_jax.method.trigflow import LogNormal, ShiftedUniform
-from rcm_jax.models import DiTConfig
-from rcm_jax.models.dit import DiT
+from rcm_jax.models.dit import DiT, DiTConfig
 from rcm_jax.parallel.sharding import MeshConfig, make_mesh
-from rcm_jax.run import experiment
+from rcm_jax.run import program
+from rcm_jax.run.experiment import Predictor
 from rcm_jax.train import trainer
 from rcm_jax.train.optimizer import OptimizerConfig
 from rcm_jax.train.state import Teacher
-from rcm_jax.train.steps import DiffusionConfig, Method, RcmConfig, diffusion_method, rcm_method
+from rcm_jax.train.steps import DiffusionMethod, Method, RcmConfig, diffusion_method, rcm_method
+from rcm_jax.train.trainer import TrainConfig
 from tests.conftest import GOLDEN
 
 BATCH = 8
@@ -54,7 +53,7 @@ def cases(pattern: str) -> list[pathlib.Path]:
 
 @functools.cache
 def random_params(init, config, key: int = 0) -> dict:
-    """Parameters of a network of which none is zero (drawn by numpy: nothing to compile)."""
+    """Parameters of a network of which none is zero (drawn by numpy: nothing to compile); init: e.g. models.init."""
     rng = np.random.default_rng(key)
     shapes = nn.meta.unbox(jax.eval_shape(lambda k: init(config, k), jax.random.key(0)))
 
@@ -149,14 +148,15 @@ def scm_config(**changes) -> ScmConfig:
 
 def dmd_config(**changes) -> DmdConfig:
     """Every third iteration is the student's, in rollouts of up to 3 steps."""
-    values = dict(time=ShiftedUniform(5.0), fake_score=OPTIMIZER, scale=0.2, update_freq=3, max_rollout=3)
+    values = dict(time=ShiftedUniform(5.0), scale=0.2, update_freq=3, max_rollout=3)
     return DmdConfig(**values | changes)
 
 
 def rcm_config(**changes) -> RcmConfig:
-    """Both, after a warm-up of 4 iterations."""
+    """Both, after a warm-up of 4 iterations; without DMD there is no fake score."""
     values = dict(student=OPTIMIZER, guidance=2.0, consistency=scm_config(), dmd=dmd_config(), warmup=4, ema_std=0.1)
-    return RcmConfig(**values | changes)
+    values |= changes
+    return RcmConfig(**dict(fake_score=OPTIMIZER if values["dmd"] else None) | values)
 
 
 def distillation(F: denoiser.Velocity, parts: int = 1, **changes) -> Method:
@@ -168,7 +168,7 @@ def distillation(F: denoiser.Velocity, parts: int = 1, **changes) -> Method:
 def pretraining(F: denoiser.Velocity, parts: int = 1) -> Method:
     """The diffusion method."""
     optimizer = OptimizerConfig(learning_rate=1e-2, b1=0.9, b2=0.99, warmup_steps=4)
-    return diffusion_method(DiffusionConfig(LogNormal(-0.2, 1.2), optimizer, ema_std=0.1), F, UNCOND, parts)
+    return diffusion_method(DiffusionMethod(DiffusionConfig(LogNormal(-0.2, 1.2)), optimizer, ema_std=0.1), F, parts)
 
 
 def teacher(params) -> Teacher:
@@ -178,18 +178,20 @@ def teacher(params) -> Teacher:
 
 def placed(method: Method, mesh, params, config: DiTConfig = MODEL, offload: bool = False):
     """(state, shardings) of a method on a mesh, from given parameters."""
-    boxed = jax.eval_shape(boxed_init(config), jax.random.key(0))
-    return trainer.place_state(method, boxed, mesh, params, offload=offload)
+    training = make_training(method, mesh, config, TrainConfig(steps=1, batch_size=BATCH, offload=offload))
+    return trainer.place(training, params), training.shardings
+
+
+def make_training(method: Method, mesh, model: DiTConfig = MODEL, config: TrainConfig | None = None, key: int = 0):
+    """A method of the tiny network on a mesh."""
+    boxed = jax.eval_shape(boxed_init(model), jax.random.key(0))
+    config = config or TrainConfig(steps=1, batch_size=BATCH)
+    return trainer.make_training("tiny", config, mesh, method, boxed, jax.random.key(key))
 
 
 def make_network():
     """The tiny network as scripts/train.py makes it."""
-    run = experiment.Pretraining(
-        seed=0, data=DigitsConfig(), model=MODEL, parametrization="trigflow", time_scale=1.0, pretrain=None,
-        sampling=None, mesh=MeshConfig(),
-    )  # fmt: skip
-    examples = arrays(1)
-    return experiment.make_network(run, Dataset(examples, examples, UNCOND, CLASSES, to_image=None))
+    return program.make_network(Predictor(MODEL), arrays(1))
 
 
 def equations(jaxpr, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], core.JaxprEqn]]:

@@ -8,7 +8,7 @@ import pytest
 from configs import cosmos_0_6b, cosmos_2b, cosmos_14b, digits, methods, mixture, wan_1_3b, wan_14b
 from rcm_jax.method import denoiser
 from rcm_jax.run import experiment
-from rcm_jax.train.steps import rcm_method, rcm_phase
+from rcm_jax.train.steps import rcm_method, rcm_phase, student_updates
 from tests import tiny
 
 MODULES = (digits, mixture, wan_1_3b, wan_14b, cosmos_0_6b, cosmos_2b, cosmos_14b)
@@ -28,22 +28,19 @@ PHASES = {  # and the metrics by which their losses are known
 }
 
 
-def values_of(module, variant):
-    values = CONFIGS[module].get_config(variant).to_dict()
-    if values["data"].get("path") == "":
-        values["data"]["path"] = "latents"
-        values["teacher"] = "" if variant.endswith("sct") else "teacher"
-    return values
+def run_of(module, variant):
+    """As the scripts get it: through the flags' ConfigDict."""
+    return experiment.from_mapping(CONFIGS[module].get_config(variant).to_dict())
 
 
 @pytest.mark.parametrize("module", CONFIGS)
 @pytest.mark.parametrize("name", PHASES)
 def test_every_method_is_an_experiment_in_every_config(module, name):
-    run = experiment.from_mapping(values_of(module, name))
+    run = run_of(module, name)
     assert {"dmd"} <= PHASES[name] if run.rcm.dmd else "dmd" not in PHASES[name]
     assert run.rcm.needs_teacher == (name != "sct")
-    rcm = experiment.from_mapping(values_of(module, "rcm"))
-    updates = [experiment.student_updates(e.rcm, e.train.steps) for e in (run, rcm)]
+    rcm = run_of(module, "rcm")
+    updates = [student_updates(e.rcm, e.train.steps) for e in (run, rcm)]
     if (module, name) != ("digits", "sct"):  # from nothing: it takes more
         assert updates[0] == updates[1]
 
@@ -57,12 +54,12 @@ def test_the_table_of_methods_is_the_one_tested():
 @pytest.mark.parametrize("name", PHASES)
 def test_every_method_trains_by_its_losses_alone(name):
     """Traced on a tiny network: what the phases of the first iterations report."""
-    config = experiment.from_mapping(values_of("digits", name)).rcm
+    config = run_of("digits", name).rcm
     F, params = tiny.dit()
     method = rcm_method(config, denoiser.Velocities(F, denoiser.guided(F, 2.0), F))
     state = jax.eval_shape(method.init, params)
     batch = jax.tree.map(lambda a: jnp.asarray(a[: tiny.BATCH]), tiny.arrays())
-    teacher = None if name == "sct" else tiny.teacher(params)
+    teacher = tiny.teacher(None if name == "sct" else params)
     phases = {method.phase(i) for i in (0, config.warmup, config.warmup + 1, config.warmup + 3)}
     seen = set()
     for phase in phases:
@@ -74,7 +71,7 @@ def test_every_method_trains_by_its_losses_alone(name):
 
 
 def test_the_adaptive_weighting_learns_with_the_student():
-    config = tiny.rcm_config(dmd=None, warmup=0, consistency=tiny.scm_config(weighting=tiny.OPTIMIZER))
+    config = tiny.rcm_config(dmd=None, warmup=0, weighting=tiny.OPTIMIZER)
     F, params = tiny.dit()
     method = rcm_method(config, denoiser.Velocities(F, denoiser.guided(F, 2.0), F))
     batch = jax.tree.map(lambda a: jnp.asarray(a[: tiny.BATCH]), tiny.arrays())
@@ -91,6 +88,15 @@ def test_the_adaptive_weighting_learns_with_the_student():
     tiny.assert_trees_equal(skipped.weighting, after.weighting)
 
 
+@pytest.mark.parametrize("module", CONFIGS)
+def test_the_door_for_flags_changes_nothing(module):
+    assert run_of(module, "") == CONFIGS[module].EXPERIMENT
+
+
+def test_variants_are_known_whatever_their_case():
+    assert run_of("wan_1_3b", "TINY, dCM") == run_of("wan_1_3b", "tiny,dcm")
+
+
 @pytest.mark.parametrize("variant", ["scn", "tiny"])
 def test_an_unknown_variant_is_refused_with_the_known_ones(variant):
     with pytest.raises(ValueError, match=rf"variant '{variant}' is none of .*scm, "):
@@ -98,12 +104,12 @@ def test_an_unknown_variant_is_refused_with_the_known_ones(variant):
 
 
 def test_pure_dmd_begins_with_dmd():
-    config = experiment.from_mapping(values_of("digits", "dmd")).rcm
+    config = run_of("digits", "dmd").rcm
     assert [rcm_phase(config, i) for i in range(4)] == ["student", "critic", "critic", "student"]
 
 
 def test_a_variant_comes_before_the_method_in_whatever_order_they_are_named():
-    one, other = (wan_1_3b.get_config(variant).to_dict() for variant in ("tiny,dcm", "dcm,tiny"))
+    one, other = (run_of("wan_1_3b", variant) for variant in ("tiny,dcm", "dcm,tiny"))
     assert one == other
     with pytest.raises(ValueError, match="variant 'scm,dmd' names 2 methods, scm, dmd: choose one"):
         digits.get_config("scm,dmd")

@@ -6,8 +6,15 @@ import pytest
 from sklearn.datasets import load_sample_images
 
 from configs import cosmos_2b
+from rcm_jax.method.objectives import DiffusionConfig
+from rcm_jax.method.trigflow import LogNormal
 from rcm_jax.run import pipeline
+from rcm_jax.run.experiment import PretrainConfig
 from rcm_jax.train.metrics import read_metrics
+from rcm_jax.train.optimizer import OptimizerConfig
+from rcm_jax.train.steps import DiffusionMethod
+from rcm_jax.train.trainer import TrainConfig
+from rcm_jax.util.config import revise
 from tests.tiny import write_latents
 
 
@@ -32,26 +39,25 @@ def test_two_hundred_steps_of_cosmos_on_photographs(tmp_path, monkeypatch):
     """
     one = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: one)  # collectives of eight take minutes
-    config = cosmos_2b.get_config("tiny")
+    run = cosmos_2b.tiny(cosmos_2b.EXPERIMENT)
     x0, which = photographs(512)
     text = np.zeros((512, 6, 8))
     text[np.arange(512), :, which] = 1
-    config.data.path = write_latents(tmp_path / "latents", x0, text)
-    config.model.update(dtype="float32", remat="none")
-    quick = dict(b2=0.99, warmup_steps=20)
-    loop = dict(config.train, batch_size=64, log_every=1, checkpoint_every=1000, sample_every=1000)
-    config.rcm.student.update(quick, learning_rate=1e-3)
-    config.rcm.dmd.fake_score.update(quick, learning_rate=1e-3)
-    config.rcm.guidance = 1.5
-    config.rcm.consistency.scale = 1.0  # beside DMD's 1: few dimensions
-    config.train.update(loop, steps=200)
-    run = config.to_dict()
-    adam = dict(run["rcm"]["student"], learning_rate=3e-3, b1=0.9, weight_decay=0.0, decay_steps=600, final_scale=0.05)
-    time = dict(kind="log_normal", mean=-0.2, std=1.2)
-    method = dict(time=time, drop_condition=0.1, ema_std=0.05, optimizer=adam)
-    run["pretrain"] = dict(method=method, train=dict(loop, steps=600))
+    quick = OptimizerConfig(1e-3, b2=0.99, warmup_steps=20)
+    adam = OptimizerConfig(3e-3, b1=0.9, b2=0.99, weight_decay=0.0, warmup_steps=20, decay_steps=600, final_scale=0.05)
+    loop = TrainConfig(600, 64, log_every=1, checkpoint_every=1000, sample_every=1000)
+    changes = {
+        "data.path": write_latents(tmp_path / "latents", x0, text),
+        "model": revise(run.model, {"dtype": "float32", "remat": "none"}),
+        "rcm.student": quick,
+        "rcm.fake_score": quick,
+        "rcm.guidance": 1.5,
+        "rcm.consistency.scale": 1.0,  # beside DMD's 1: few dimensions
+        "train": revise(loop, {"steps": 200}),
+        "pretrain": PretrainConfig(DiffusionMethod(DiffusionConfig(LogNormal(-0.2, 1.2)), adam), loop),
+    }
 
-    trained = pipeline.train(run, tmp_path / "run")
+    trained = pipeline.train(revise(run, changes), tmp_path / "run")
     losses = [row["diffusion/loss"] for row in read_metrics(trained.teacher_folder)]
     assert np.mean(losses[-50:]) < 0.3 * losses[0]  # it has learned something
     rows = read_metrics(trained.folder)

@@ -55,7 +55,7 @@ def test_the_stream_of_a_seed_stays_what_it_was():
 
 @pytest.mark.parametrize("train", [ARRAYS, Examples(ARRAYS)], ids=["arrays", "source"])
 def test_the_sample_shape_is_known_of_either_kind(train):
-    assert Dataset(train, None, {}, None, None).sample_shape == (2,)
+    assert Dataset(train, None, {}, None, "video").sample_shape == (2,)
 
 
 def test_a_batch_larger_than_the_data_spans_epochs():

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from rcm_jax.data import DATASETS, DigitsConfig
+from rcm_jax.data import DigitsConfig, load
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return DATASETS[DigitsConfig](DigitsConfig())
+    return load(DigitsConfig())
 
 
 def test_training_data_have_mean_0_and_unit_variance(digits):
@@ -35,7 +35,7 @@ def test_no_held_out_image_is_a_training_image(digits):
 
 
 def test_the_split_is_the_same_every_time(digits):
-    again = DATASETS[DigitsConfig](DigitsConfig())
+    again = load(DigitsConfig())
     np.testing.assert_array_equal(again.test["x0"], digits.test["x0"])
     np.testing.assert_array_equal(again.train["cond"]["label"], digits.train["cond"]["label"])
 

@@ -11,7 +11,8 @@ import pytest
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from rcm_jax.data import DATASETS, LatentsConfig
+from rcm_jax import data
+from rcm_jax.data import LatentsConfig
 from rcm_jax.data.dataset import batches
 from rcm_jax.data.latents import write
 
@@ -37,8 +38,7 @@ def written(folder, n=10, shard_bytes=FOUR):
 
 
 def load(folder, shape=SHAPE):
-    config = LatentsConfig(str(folder), shape)
-    return DATASETS[LatentsConfig](config)
+    return data.load(LatentsConfig(str(folder), shape))
 
 
 def rows(iterator, n):
@@ -316,6 +316,6 @@ def test_a_record_with_flipped_bits_is_named_when_it_is_read(tmp_path):
 
 
 def test_configs_that_name_nothing_are_refused():
-    refused("path is empty: it must name a folder of latents", LatentsConfig, "", SHAPE)
+    refused("config.data.path is empty: it must name a folder of latents", data.load, LatentsConfig("", SHAPE))
     refused("shape must be the sizes of x0, [t, h, w, c], got []", LatentsConfig, "set", ())
     refused("shape must be the sizes of x0, [t, h, w, c], got [2, 0]", LatentsConfig, "set", (2, 0))

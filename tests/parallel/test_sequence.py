@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from configs import digits
+from rcm_jax import models
 from rcm_jax.method import denoiser
 from rcm_jax.method.denoiser import Velocities
-from rcm_jax.models import MLPConfig, check_network, cosmos, wan
+from rcm_jax.models import check_network, cosmos, wan
+from rcm_jax.models.mlp import MLPConfig
 from rcm_jax.parallel.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from rcm_jax.run import pipeline
 from rcm_jax.train import trainer
@@ -48,8 +50,8 @@ CONFIGS = {
     ),
 }  # fmt: skip
 NETWORKS = {
-    "wan": (wan.Wan, 1000.0, wan.init, tiny_wan.random_params),
-    "cosmos": (cosmos.Cosmos, 1.0, cosmos.init, tiny_cosmos.random_params),
+    "wan": (wan.Wan, 1000.0, models.init, tiny_wan.random_params),
+    "cosmos": (cosmos.Cosmos, 1.0, models.init, tiny_cosmos.random_params),
 }
 # An update that is the gradient, nearly: AdamW with an epsilon above all of it.
 LINEAR = OptimizerConfig(learning_rate=1e4, eps=1e4, weight_decay=0.0, warmup_steps=0)
@@ -128,18 +130,19 @@ def test_a_batch_that_does_not_divide_is_computed_all_the_same():
 def stepped(name, sizes, phase, remat="none"):
     """(state after one step from step 7, metrics, text of the compiled program)."""
     F, mesh = velocity(name, remat=remat, attention="reference"), mesh_of(sizes)
-    config = tiny.rcm_config(student=LINEAR, dmd=tiny.dmd_config(fake_score=LINEAR))
+    config = tiny.rcm_config(student=LINEAR, fake_score=LINEAR)
     method = rcm_method(config, Velocities(F, denoiser.guided(F, config.guidance), F))
     boxed = jax.eval_shape(functools.partial(NETWORKS[name][2], CONFIGS[name]), jax.random.key(0))
-    state, shardings = trainer.place_state(method, boxed, mesh, params(name))
+    config = trainer.TrainConfig(steps=1, batch_size=len(inputs(name)[0]))
+    training = trainer.make_training(name, config, mesh, method, boxed, jax.random.key(0))
+    state, shardings = trainer.place(training, params(name)), training.shardings
     fake_score = state.fake_score.replace(params=jax.device_put(params(name, 1), shardings.fake_score.params))
     state = state.replace(step=jax.device_put(jnp.int32(7), replicated(mesh)), fake_score=fake_score)
     x0, text, uncond, _ = inputs(name)
     teacher = jax.device_put(params(name, 2), shardings.student.params)
     teacher = Teacher(teacher, jax.device_put({"text": uncond}, replicated(mesh)))
     batch = jax.device_put({"x0": x0, "cond": {"text": text}}, batch_sharding(mesh))
-    step = trainer.compile_steps(method, shardings, jax.random.key(0))[phase]
-    program = step.lower(state, teacher, batch).compile()
+    program = training.steps[phase].lower(state, teacher, batch).compile()
     state, metrics = program(state, teacher, batch)
     jax.tree.map(lambda leaf, s: np.testing.assert_(leaf.sharding.is_equivalent_to(s, leaf.ndim)), state, shardings)
     return state, metrics, program.as_text()

@@ -183,7 +183,7 @@ def stepped(sizes, phase, parts=1):
     """(state after one step from step 7, metrics, shardings) on a mesh."""
     F, params = tiny.dit()
     mesh = mesh_of(sizes)
-    method = tiny.distillation(F, parts, student=SMOOTH, dmd=tiny.dmd_config(fake_score=SMOOTH))
+    method = tiny.distillation(F, parts, student=SMOOTH, fake_score=SMOOTH)
     state, shardings = tiny.placed(method, mesh, params)
     state = state.replace(step=jax.device_put(jnp.int32(7), replicated(mesh)))
     state = state.replace(

@@ -10,25 +10,27 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
-from rcm_jax.kernels.attention import flash_attention
 
+from rcm_jax.kernels.attention import flash_attention
 from rcm_jax.parallel.sharding import MeshConfig, make_mesh
 from rcm_jax.plan import chips, hlo, program, report, sweep
 from rcm_jax.plan.program import Compiled, compile_program, prepare
+from rcm_jax.run.experiment import from_mapping
+from rcm_jax.util.config import revise
 from tests import tiny
 
 fast_compilation = pytest.fixture(scope="module")(tiny.fast_compilation)
 
 
-def values_of(name, variant="tiny", **mesh):
-    values = importlib.import_module(f"configs.{name}").get_config(variant).to_dict()
-    return values | {"mesh": values["mesh"] | mesh}
+def run_of(name, variant="tiny", **mesh):
+    run = from_mapping(importlib.import_module(f"configs.{name}").get_config(variant).to_dict())
+    return revise(run, {"mesh": revise(run.mesh, mesh)})
 
 
-def plan(values, topology, names=None):
+def plan(run, topology, names=None):
     """(programs, {name: planned}, all that would be printed)"""
     chip, devices = chips.devices(topology)
-    programs = prepare(values, chip, devices)
+    programs = prepare(run, chip, devices)
     planned = dict(report.plan(programs, chip, names))
     words = [report.head(programs, chip, topology), *(report.describe(n, p, chip) for n, p in planned.items())]
     return programs, planned, "\n".join(words)
@@ -37,7 +39,7 @@ def plan(values, topology, names=None):
 @pytest.mark.usefixtures("fast_compilation")
 class TestTinyRuns:
     def test_wan(self):
-        programs, planned, words = plan(values_of("wan_14b", "tiny,scm", fsdp=4, seq=2), "cpu:8", ["student"])
+        programs, planned, words = plan(run_of("wan_14b", "tiny,scm", fsdp=4, seq=2), "cpu:8", ["student"])
         chip, student = chips.CHIPS["cpu"], planned["student"].need
         assert report.fits(planned["student"], chip)
         assert programs.held <= student.arguments < programs.held + 2**14  # the batch, and guidance's text
@@ -49,7 +51,7 @@ class TestTinyRuns:
 
     @pytest.mark.slow
     def test_cosmos(self):
-        programs, planned, words = plan(values_of("cosmos_14b"), "cpu:8", ["sampler"])
+        programs, planned, words = plan(run_of("cosmos_14b"), "cpu:8", ["sampler"])
         need = planned["sampler"].need
         assert need.work.flops > 0 and need.work.open_loops == 0
         assert "batch 8: 1 for each of data × fsdp = 8" in words and 'attention "blockwise"' in words
@@ -61,8 +63,7 @@ class TestTinyRuns:
 
     def test_work_of_one_device_is_the_products_of_the_network(self):
         """A token's own products are twice the parameters of its matrices: the few that tokens share are small."""
-        values = values_of("wan_14b") | {"train": values_of("wan_14b")["train"] | {"batch_size": 1}}
-        _, planned, _ = plan(values, "cpu:1", ["sampler"])
+        _, planned, _ = plan(revise(run_of("wan_14b"), {"train.batch_size": 1}), "cpu:1", ["sampler"])
         c, m, tokens, text, layers, steps = 24, 32, 12, 6, 2, 4
         block = tokens * 2 * (6 * c * c + 2 * c * m) + text * 2 * (2 * c * c) + 4 * tokens * c * (tokens + text)
         assert planned["sampler"].need.work.flops == pytest.approx(steps * layers * block, rel=0.25)
@@ -75,7 +76,7 @@ def test_every_program_of_every_kind_of_run_can_be_lowered():
         ("mixture", "", {"student", "critic", "sampler"}),
     ]:
         chip, devices = chips.devices("cpu:1")
-        programs = prepare(values_of(name, variant, data=1, fsdp=1), chip, devices)
+        programs = prepare(run_of(name, variant, data=1, fsdp=1), chip, devices)
         assert set(programs.lower) == expected
         programs.lower["student"]()
 
@@ -83,10 +84,9 @@ def test_every_program_of_every_kind_of_run_can_be_lowered():
 def test_what_the_run_would_refuse_is_refused():
     chip, devices = chips.devices("cpu:8")
     with pytest.raises(ValueError, match="batch size 8 does not divide over data × fsdp = 1 × 3"):
-        prepare(values_of("wan_14b", fsdp=3), chip, devices[:3])
+        prepare(run_of("wan_14b", fsdp=3), chip, devices[:3])
     with pytest.raises(ValueError, match="cannot be compiled here"):
-        values = values_of("wan_14b")
-        prepare(values | {"model": values["model"] | {"attention": "triton"}}, chip, devices)
+        prepare(revise(run_of("wan_14b"), {"model.attention": "triton"}), chip, devices)
 
 
 def test_a_refusal_of_the_compiler_for_want_of_memory_is_a_result():
@@ -113,18 +113,18 @@ class TestAttention:
 
     def test_the_choice_is_said(self, monkeypatch):
         v5p, devices = chips.CHIPS["v5p"], chips.devices("cpu:1")[1]
-        values = values_of("cosmos_14b", data=1, fsdp=1)
-        assert prepare(values, v5p, devices).note == 'attention "pallas_tpu"'
+        run = run_of("cosmos_14b", data=1, fsdp=1)
+        assert prepare(run, v5p, devices).note == 'attention "pallas_tpu"'
         monkeypatch.setattr(program, "_outside_shard_map", lambda jaxpr: True)
-        values["mesh"]["fsdp"] = 8
-        programs = prepare(values, v5p, chips.devices("cpu:8")[1])
+        run = revise(run, {"mesh.fsdp": 8})
+        programs = prepare(run, v5p, chips.devices("cpu:8")[1])
         assert programs.attention == "blockwise" and "NOT the kernels" in programs.note
         monkeypatch.setattr(program.importlib.util, "find_spec", lambda name: None)
-        assert "jax-triton is not installed" in prepare(values, chips.CHIPS["h100"], chips.devices("cpu:8")[1]).note
+        assert "jax-triton is not installed" in prepare(run, chips.CHIPS["h100"], chips.devices("cpu:8")[1]).note
 
 
 def test_the_script_says_in_a_line_what_is_wrong():
-    arguments = ["--config=configs/wan_14b.py", "--topology=v5q:4x4x4"]
+    arguments = ["--config=wan_14b.py", "--topology=v5q:4x4x4"]
     root = chips.pathlib.Path(__file__).resolve().parent.parent.parent
     done = subprocess.run([sys.executable, "scripts/plan.py", *arguments], cwd=root, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: topology 'v5q:4x4x4' is none of")
@@ -176,8 +176,7 @@ class TestSweep:
     def test_tokens_of_a_run(self):
         chip, devices = chips.devices("cpu:1")
         for name, tokens in [("wan_14b", 21 * 30 * 52), ("cosmos_14b", 48 * 85)]:
-            values = values_of(name, "", data=1, fsdp=1)
-            programs = prepare(values, chip, devices)
+            programs = prepare(run_of(name, "", data=1, fsdp=1, seq=1), chip, devices)
             assert sweep.tokens_of(programs) == tokens
             network = 14.0e9 if name == "wan_14b" else 14.2e9
             # Student, its second moment, EMA, fake score and its second moment in float32; the teacher in bfloat16.
@@ -193,8 +192,8 @@ class TestSweep:
 
     @pytest.mark.usefixtures("fast_compilation")
     def test_a_table_of_topologies_and_its_picture(self, tmp_path):
-        values = values_of("wan_14b", "tiny,scm")
-        rows = list(sweep.scale(values, ["cpu:1", "cpu:4"], batch_per_chip=2))
+        run = run_of("wan_14b", "tiny,scm")
+        rows = list(sweep.scale(run, ["cpu:1", "cpu:4"], batch_per_chip=2))
         assert [(row.mesh, row.batch) for _, row in rows] == [((1, 1, 1), 2), ((1, 4, 1), 8)]
         one, four = (row.steps["student"].need for _, row in rows)
         assert report.received(one.work) == 0 < report.received(four.work)
@@ -203,13 +202,13 @@ class TestSweep:
         assert cells[3] == report.gib(four.peak) and cells[4] == ""  # sCM alone has no critic
         sweep.draw(rows, tmp_path / "curve.png")
         assert imageio.imread(tmp_path / "curve.png").std() > 1
-        [(_, refused)] = sweep.scale(values, ["cpu:3"])  # a batch of 8
+        [(_, refused)] = sweep.scale(run, ["cpu:3"])  # a batch of 8
         assert "refused: batch size 8 does not divide" in sweep.line("cpu:3", refused)
 
     @pytest.mark.slow
     def test_a_sweep(self):
         chip, devices = chips.devices("cpu:2")
-        rows = list(sweep.sweep(values_of("wan_14b"), chip, devices, ["full"]))
+        rows = list(sweep.sweep(run_of("wan_14b"), chip, devices, ["full"]))
         assert [row.mesh for row in rows] == [(1, 2, 1), (2, 1, 1), (1, 1, 2)]
         assert all(row.seconds < 1 for row in rows)
 
@@ -222,7 +221,7 @@ def test_accelerators_that_are_not_here(topology, package, monkeypatch):
     """Minutes. Two processes at once need ALLOW_MULTIPLE_LIBTPU_LOAD=1, for libtpu holds a lock file."""
     pytest.importorskip(package)
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    programs, planned, words = plan(values_of("wan_14b"), topology, ["critic"])
+    programs, planned, words = plan(run_of("wan_14b"), topology, ["critic"])
     need = planned["critic"].need
     assert need.work.flops > 0 and need.work.collectives and need.work.open_loops == 1
     assert programs.attention == "blockwise" or not need.work.kernels

@@ -13,18 +13,20 @@ from rcm_jax.convert.files import write_tensors
 from rcm_jax.method import samplers
 from rcm_jax.models import wan_vae
 from rcm_jax.run import generate
+from rcm_jax.util.config import revise
 from tests import tiny, wan
 
-WAN, COSMOS = (module.get_config("tiny").to_dict() for module in (wan_1_3b, cosmos_2b))
+WAN, COSMOS = wan_1_3b.tiny(wan_1_3b.EXPERIMENT), cosmos_2b.tiny(cosmos_2b.EXPERIMENT)
 
 
 @pytest.mark.smoke
 def test_sizes_of_pixels_become_those_of_latents():
-    real = wan_1_3b.get_config().to_dict()
-    assert generate.generation(real).shape == (20, 60, 104, 16)
-    assert generate.generation(real).frames == 77
-    assert generate.generation(real, (1280, 720), 81).shape == (21, 90, 160, 16)
-    assert generate.generation(COSMOS, (64, 32)).shape == (1, 4, 8, 4)
+    real = wan_1_3b.EXPERIMENT
+    assert generate.latents_shape(real, None, None) == (20, 60, 104, 16)
+    assert generate.latents_shape(real, (1280, 720), 81) == (21, 90, 160, 16)
+    assert generate.latents_shape(COSMOS, (64, 32), None) == (1, 4, 8, 4)
+    dataset = generate.prompts_dataset(real)
+    assert generate.Generator(None, None, False, real, dataset, {}).frames == 77
 
 
 @pytest.mark.parametrize(
@@ -37,49 +39,47 @@ def test_sizes_of_pixels_become_those_of_latents():
 )
 def test_sizes_that_cannot_be_are_refused_with_the_nearest(arguments, message):
     with pytest.raises(ValueError, match=message):
-        generate.generation(WAN, **arguments)
+        generate.prompts_dataset(WAN, **arguments)
 
 
 def test_configs_that_do_not_fit_themselves_are_refused():
-    for values in (digits.get_config().to_dict(), cosmos_0_6b.get_config().to_dict()):
+    for run in (digits.EXPERIMENT, cosmos_0_6b.EXPERIMENT):
         with pytest.raises(ValueError, match="nothing says how prompts and pixels are made"):
-            generate.generation(values)
-    other = WAN | {"data": WAN["data"] | {"shape": (2, 4, 6, 5)}}
+            generate.prompts_dataset(run)
+    other = revise(WAN, {"data.shape": (2, 4, 6, 5)})
     with pytest.raises(ValueError, match=r"latents of shape \[2, 4, 6, 5\] must be .* with the 4 channels"):
-        generate.generation(other)
-    wide = generate.generation(COSMOS)
-    wide = dataclasses.replace(wide, model=dataclasses.replace(wide.model, max_img_w=4))
+        generate.prompts_dataset(other)
     with pytest.raises(ValueError, match=r"more than the .* of max_frames, max_img_h and max_img_w"):
-        generate.make_network(wide)
+        generate.prompts_dataset(revise(COSMOS, {"model.max_img_w": 4}))
 
 
 def test_weights_of_another_model_are_refused_before_they_are_read(tmp_path):
-    media = generate.generation(WAN).media
+    media = WAN.media
     decoder = jax.tree.map(np.asarray, tiny.random_params(wan_vae.init, media.vae))
     write_tensors(tmp_path / "vae", convert.to_reference("wan_vae", decoder, media.vae, "diffusers"))
-    assert generate.open_weights("wan_vae", media.vae, tmp_path / "vae")
+    assert generate.open_weights(media.vae, tmp_path / "vae")
     with pytest.raises(ValueError, match="are no umt5 of this config"):
-        generate.open_weights("umt5", media.text_encoder, tmp_path / "vae")
+        generate.open_weights(media.text_encoder, tmp_path / "vae")
 
 
 def test_a_sample_depends_on_its_prompt_and_seed_alone_and_every_step_is_counted():
-    run, ticks = generate.generation(WAN), []
+    run, ticks, shape = WAN, [], WAN.data.shape
     F = generate.counted(
         wan.velocity(dataclasses.replace(run.model, dtype="float32", remat="none")), lambda: ticks.append(1)
     )
     sampler = generate.make_sampler(run, F, 2, None, None)
     texts, params = np.random.default_rng(0).normal(size=(3, 6, 8)).astype(np.float32), wan.random_params()
-    together = generate.draw(sampler, params, texts, [5, 6], run.shape, batch=4)
+    together = generate.draw(sampler, params, texts, [5, 6], shape, batch=4)
     jax.effects_barrier()
-    assert together.shape == (3, 2, *run.shape) and len(ticks) == 2 * 2  # two batches of two steps
-    alone = generate.draw(sampler, params, texts[1:2], [6], run.shape, batch=8)  # of which one is asked for
+    assert together.shape == (3, 2, *shape) and len(ticks) == 2 * 2  # two batches of two steps
+    alone = generate.draw(sampler, params, texts[1:2], [6], shape, batch=8)  # of which one is asked for
     np.testing.assert_allclose(together[1, 1], alone[0, 0], rtol=1e-4, atol=1e-4)
-    noise = samplers.unit_noise(jax.random.fold_in(jax.random.key(0), 0), [6], run.shape)
+    noise = samplers.unit_noise(jax.random.fold_in(jax.random.key(0), 0), [6], shape)
     assert not np.allclose(together[1, 0], together[1, 1]) and jnp.std(noise) > 0.8
 
 
 def test_frames_are_bytes_whatever_the_tiles():
-    media = generate.generation(WAN).media
+    media = WAN.media
     params = tiny.random_params(wan_vae.init, media.vae)
     x0 = np.random.default_rng(0).normal(size=(2, 2, 2, 4)).astype(np.float32)
     one_by_one = list(generate.frames(media, params, x0))
@@ -88,9 +88,8 @@ def test_frames_are_bytes_whatever_the_tiles():
 
 
 def test_devices_share_the_samples_and_what_is_left_the_tokens():
-    run = generate.generation(WAN)  # 2 heads, 2 × 2 × 3 tokens; eight devices
 
-    def shape(batch):
-        return tuple(generate.make_sampling_mesh(run, batch).shape.values())
+    def shape(batch):  # 2 heads, 2 × 2 × 3 tokens; eight devices
+        return tuple(generate.make_sampling_mesh(WAN, WAN.data.shape, batch).shape.values())
 
     assert (shape(1), shape(4), shape(8), shape(6)) == ((4, 1, 2), (1, 4, 2), (1, 8, 1), (2, 2, 2))

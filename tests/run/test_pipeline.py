@@ -4,38 +4,38 @@ import jax
 import numpy as np
 import pytest
 
-from configs import digits, mixture
+from configs import digits, methods, mixture, wan_1_3b
 from rcm_jax.evaluate import mixture_report
 from rcm_jax.run import pipeline
 from rcm_jax.train import checkpoint
 from rcm_jax.train.metrics import read_metrics
+from rcm_jax.util.config import revise
 from tests import tiny
 
 fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compilation)
 
 
-def values(variant="", **train):
+def run(variant="", teacher="", **train):
     """configs/mixture.py:variant, with hardly any width or length."""
-    config = mixture.get_config(variant)
-    config.model.update(dim=8, num_layers=1, freq_dim=4)
-    config.data.examples = 256
-    for loop in [config.train] + ([config.pretrain.train] if config.pretrain else []):
-        loop.update(steps=4, batch_size=16, log_every=1, checkpoint_every=2, sample_every=2)
-    config.train.update(train)
-    config.rcm.warmup = min(config.rcm.warmup, 1)
-    return config.to_dict()
+    loop = dict(steps=4, batch_size=16, log_every=1, checkpoint_every=2, sample_every=2)
+    changed = methods.choose(mixture.EXPERIMENT, variant, {})
+    changes = {"model": revise(changed.model, dict(dim=8, num_layers=1, freq_dim=4)), "data.examples": 256}
+    changes |= {"train": revise(changed.train, loop | train), "teacher": teacher}
+    if changed.pretrain:
+        changes["pretrain.train"] = revise(changed.pretrain.train, loop)
+    return revise(changed, changes | {"rcm.warmup": min(changed.rcm.warmup, 1)})
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of rCM with its pretrained start."""
-    return pipeline.train(values(), tmp_path_factory.mktemp("rcm") / "run")
+    return pipeline.train(run(), tmp_path_factory.mktemp("rcm") / "run")
 
 
 def test_the_exact_teacher_teaches_and_the_pretrained_network_is_only_the_start(trained):
     x, t = np.ones((3, 2), np.float32), np.full(3, 0.5, np.float32)
     label = {"label": np.arange(3)}
-    given = trained.teacher_F(trained.teacher.params, x, t, label)
+    given = trained.program.teacher_F(trained.teacher.params, x, t, label)
     np.testing.assert_array_equal(given, trained.dataset.velocity(None, x, t, label))
     assert trained.teacher_folder == trained.folder / "teacher"
     start = checkpoint.restore_params(trained.teacher_folder, "ema")[0]
@@ -53,10 +53,10 @@ def test_metrics_by_time_and_the_probe_are_written(trained):
 
 def test_the_report_has_a_picture_and_the_exact_teachers_own_distance(trained, monkeypatch):
     monkeypatch.setattr(mixture_report, "SAMPLES", 300)
-    table = mixture_report.write_mixture_report(trained)
+    table = mixture_report.write_scatter_report(trained)
     assert "student, 4 steps" in table and mixture_report.FLOOR in table
     assert (trained.folder / "report/report.png").stat().st_size > 10_000
-    judge = mixture_report.make_judge(trained.run, trained.network)
+    judge = mixture_report.make_judge(trained.run, trained.program.network)
     floor = mixture_report.floor(judge.reference)
     assert "map_error" not in floor
     assert floor["mmd"] < 0.02  # the same distribution
@@ -69,10 +69,9 @@ def test_the_report_has_a_picture_and_the_exact_teachers_own_distance(trained, m
 @pytest.mark.parametrize("variant", ["sct", "scm_adaptive", "dcm_dmd"])
 def test_a_stopped_run_of_any_method_goes_on_to_the_same_bits(variant, trained, tmp_path):
     teacher = "" if variant == "sct" else str(trained.teacher_folder)
-    whole = pipeline.train(values(variant) | {"teacher": teacher}, tmp_path / "whole")
-    parts = [values(variant, steps=steps) | {"teacher": teacher} for steps in (2, 4)]
-    for part in parts:
-        halves = pipeline.train(part, tmp_path / "halves")
+    whole = pipeline.train(run(variant, teacher), tmp_path / "whole")
+    for steps in (2, 4):
+        halves = pipeline.train(run(variant, teacher, steps=steps), tmp_path / "halves")
     tiny.assert_trees_equal(halves.state, whole.state)
     if variant == "sct":
         assert whole.teacher.params is None and whole.teacher_folder is None
@@ -82,7 +81,15 @@ def test_a_stopped_run_of_any_method_goes_on_to_the_same_bits(variant, trained, 
 
 
 def test_data_without_a_known_velocity_have_no_exact_teacher(tmp_path):
-    config = digits.get_config().to_dict() | {"exact_teacher": True}
     with pytest.raises(ValueError, match=r"config\.exact_teacher is set, but the velocity of these data is not known"):
-        pipeline.train(config, tmp_path / "run")
+        pipeline.train(revise(digits.EXPERIMENT, {"exact_teacher": True}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_and_data_are_asked_for_when_they_are_opened(tmp_path):
+    latents = wan_1_3b.tiny(wan_1_3b.EXPERIMENT)
+    with pytest.raises(ValueError, match=r"teacher is empty, .*convert_checkpoint"):
+        pipeline.train(latents, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"config.data.path is empty"):
+        pipeline.train(revise(latents, {"teacher": str(tmp_path)}), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -8,11 +8,13 @@ import sys
 
 import pytest
 
+from rcm_jax.run import workdir
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 # A whole run in seconds. What is evaluated at its end is made small by SHRINK.
 TINY = [
-    "--config=configs/digits.py",
+    "--config=digits.py",
     "--config.pretrain.train.steps=4",
     "--config.pretrain.train.batch_size=8",
     "--config.train.steps=6",
@@ -35,8 +37,9 @@ sys.path.insert(0, "scripts")
 def run(small, *argv):
     if small == "small":
         from rcm_jax.evaluate import classifier, distillation
-        assert distillation.SAMPLES and distillation.BATCH and classifier.train_classifier.__kwdefaults__["steps"]
-        distillation.SAMPLES = distillation.BATCH = 200
+        from rcm_jax.run import previews
+        assert distillation.SAMPLES and previews.BATCH and classifier.train_classifier.__kwdefaults__["steps"]
+        distillation.SAMPLES = previews.BATCH = 200
         classifier.train_classifier.__kwdefaults__["steps"] = 20
     sys.argv = list(argv)
     runpy.run_path(argv[0], run_name="__main__")
@@ -154,7 +157,6 @@ def assert_refused(process, *words) -> None:
     assert process.stdout == ""
 
 
-def write_config(folder, values) -> None:
+def write_config(folder, config) -> None:
     """A workdir with a config and nothing else."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(values))
+    workdir.claim(folder, config)

@@ -1,19 +1,21 @@
 """What a user can get wrong ends in one line on stderr and leaves every file as it was."""
 
-import copy
+import functools
 
 import pytest
 
 from configs import digits
-from rcm_jax.run.experiment import teacher_values
+from rcm_jax.run.experiment import from_mapping
+from rcm_jax.util.config import revise, to_mapping
 from tests.scripts.conftest import TINY, assert_refused, snapshot, write_config
 
-# The config that TINY stands for, as a workdir holds it.
-VALUES = digits.get_config()
+# The config that TINY stands for.
+VALUES = to_mapping(digits.EXPERIMENT)
 for override in TINY[1:]:
     key, number = override.removeprefix("--config.").split("=")
-    VALUES.update_from_flattened_dict({key: int(number)})
-VALUES = VALUES.to_dict()
+    *groups, name = key.split(".")
+    functools.reduce(dict.__getitem__, groups, VALUES)[name] = int(number)
+RUN = from_mapping(VALUES)
 
 
 @pytest.mark.parametrize(
@@ -24,18 +26,21 @@ VALUES = VALUES.to_dict()
         (["--config.model.width=3"], ["width"]),
         (["--config.train.steps=many"], ["config.train.steps", "many"]),
         (["--config.model=3"], ["config.model"]),
+        (["--config.rcm.consistency.kind=scn"], ["config.rcm.consistency.kind is 'scn'", "scm, dcm"]),
+        (["--config.rcm.consistency.kind=dcm", "--config.rcm.consistency.limit=clip"], ["unknown key limit", "skip"]),
         (["--config.model.patch=3"], ["patch 1×3×3", "1×8×8"]),
         (["--config.model.dtype=float33"], ["config.model", "float33"]),
         (["--config.model.num_classes=5"], ["num_classes", "5", "10"]),
         (["--config.mesh.fsdp=3"], ["fsdp=3", "1 devices"]),
         (["--config.teacher=/nowhere/at/all"], ["/nowhere/at/all", "config.json"]),
         (["--config=configs/digits.py:scn"], ["variant 'scn' is none of rcm,", "scm_adaptive"]),
-        (["--config=configs/digits.py:scm"], ["None in its file"]),  # TINY sets a key of DMD
+        (["--config=digits:scm"], ["dmd and fake_score belong together"]),  # TINY sets a key of DMD
     ],
     ids=lambda value: value[0] if isinstance(value, list) and value[0].startswith(("-", "e")) else None,
 )
 def test_a_bad_flag_is_refused_in_one_line_and_nothing_is_created(run_script, tmp_path, flags, words):
-    process = run_script("train", f"--workdir={tmp_path / 'new'}", *TINY, *flags)
+    arguments = [*flags, *TINY[1:]] if flags[0].startswith("--config=") else [*TINY, *flags]
+    process = run_script("train", f"--workdir={tmp_path / 'new'}", *arguments)
     assert_refused(process, *words)
     assert snapshot(tmp_path) == {}
     assert list(tmp_path.iterdir()) == []
@@ -58,9 +63,7 @@ def test_batch_that_does_not_divide_by_the_mesh_is_refused_with_the_numbers(run_
 
 
 def test_workdir_of_another_config_is_refused_with_the_difference(run_script, tmp_path):
-    other = copy.deepcopy(VALUES)
-    other["model"]["dim"] = 32
-    write_config(tmp_path / "there", other)
+    write_config(tmp_path / "there", revise(RUN, {"model.dim": 32}))
     before = snapshot(tmp_path)
     assert_refused(
         run_script("train", f"--workdir={tmp_path / 'there'}", *TINY), "config.model.dim", "32", "16", "--workdir"
@@ -75,9 +78,7 @@ def test_folder_with_other_files_is_refused(run_script, tmp_path):
 
 
 def test_teacher_of_another_network_is_refused_with_the_difference(run_script, tmp_path):
-    other = copy.deepcopy(VALUES)
-    other["model"]["num_layers"] = 7
-    write_config(tmp_path / "teacher", teacher_values(other))
+    write_config(tmp_path / "teacher", revise(RUN, {"model.num_layers": 7}).pretraining)
     before = snapshot(tmp_path)
     teacher = f"--config.teacher={tmp_path / 'teacher'}"
     process = run_script("train", f"--workdir={tmp_path / 'new'}", *TINY, teacher)
@@ -86,7 +87,7 @@ def test_teacher_of_another_network_is_refused_with_the_difference(run_script, t
 
 
 def test_teacher_without_a_checkpoint_is_refused_before_the_workdir_is_claimed(run_script, tmp_path):
-    write_config(tmp_path / "teacher", teacher_values(VALUES))
+    write_config(tmp_path / "teacher", RUN.pretraining)
     before = snapshot(tmp_path)
     teacher = f"--config.teacher={tmp_path / 'teacher'}"
     process = run_script("train", f"--workdir={tmp_path / 'new'}", *TINY, teacher)
@@ -105,7 +106,7 @@ def test_teacher_without_a_checkpoint_is_refused_before_the_workdir_is_claimed(r
     ids=lambda value: value[-1] if isinstance(value, list) and value[-1].startswith("--") else None,
 )
 def test_sampling_from_nothing_is_refused_in_one_line(run_script, tmp_path, flags, words):
-    write_config(tmp_path / "there", teacher_values(VALUES))
+    write_config(tmp_path / "there", RUN.pretraining)
     before = snapshot(tmp_path)
     assert_refused(run_script("sample", *(flag.format(there=tmp_path / "there") for flag in flags)), *words)
     assert snapshot(tmp_path) == before

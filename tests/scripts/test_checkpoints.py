@@ -12,8 +12,7 @@ from configs import wan_1_3b, wan_14b
 from rcm_jax import convert
 from rcm_jax.convert.files import write_tensors
 from rcm_jax.data import latents
-from rcm_jax.data.dataset import Dataset
-from rcm_jax.run import experiment
+from rcm_jax.run import program
 from rcm_jax.train import checkpoint
 from tests import wan
 from tests.scripts.conftest import assert_refused, snapshot
@@ -222,15 +221,13 @@ def test_a_teacher_of_other_sizes_or_none_is_refused_before_training(run_script,
 
 @pytest.mark.parametrize(("module", "name", "tokens"), [(wan_1_3b, "wan-1.3b", 31_200), (wan_14b, "wan-14b", 32_760)])
 def test_the_full_configs_build_their_networks_on_their_latents(module, name, tokens):
-    config = module.get_config()
-    config.teacher, config.data.path = "teacher", "latents"
-    run = experiment.from_mapping(config.to_dict())
+    run = module.EXPERIMENT
     published = convert.PUBLISHED[name][1]
     assert run.model == dataclasses.replace(published, dtype="bfloat16", remat="full")
     shape = run.data.shape
     assert np.prod(shape[:3]) // 4 == tokens
-    one = {"x0": np.zeros((1, *shape), np.float32), "cond": {"text": np.zeros((1, 512, 4096), np.float32)}}
-    dataset = Dataset(one, None, {"text": one["cond"]["text"][0]}, None, None)
-    boxed = jax.eval_shape(experiment.make_network(run, dataset).init, jax.random.key(0))
+    dataset = program.zeros(run, shape)
+    assert dataset.first["cond"]["text"].shape == (1, 512, 4096)
+    boxed = program.make_network(run, dataset.first).boxed
     count = sum(leaf.size for leaf in jax.tree.leaves(boxed))
     assert count == {"wan-1.3b": 1_418_996_800, "wan-14b": 14_288_491_584}[name]

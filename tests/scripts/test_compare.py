@@ -34,7 +34,7 @@ TINY = [
 
 @pytest.mark.parametrize("config", ["digits.py", "mixture.py:scm"])
 def test_a_config_that_is_not_of_rcm_on_a_mixture_is_refused_at_once(config, run_script, tmp_path):
-    process = run_script("compare", f"--config=configs/{config}", f"--workdir={tmp_path / 'new'}")
+    process = run_script("compare", f"--config={config}", f"--workdir={tmp_path / 'new'}")
     assert_refused(process, "--config must be of rCM on a mixture")
     assert not (tmp_path / "new").exists()
 

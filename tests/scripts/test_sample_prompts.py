@@ -15,16 +15,15 @@ from rcm_jax.media import text, vae
 from rcm_jax.method import samplers
 from rcm_jax.method.samplers import unit_noise
 from rcm_jax.models import t5, wan_vae
-from rcm_jax.run import generate
-from rcm_jax.train import checkpoint
+from rcm_jax.run import generate, workdir
+from rcm_jax.run.experiment import Predictor
 from tests import cosmos, tiny, wan
 from tests.media.test_text import WORDS, write_tokenizer
 from tests.scripts.conftest import assert_refused, snapshot
 from tests.tiny import relative
 from tests.torch_pickle import save_state_dict
 
-WAN, COSMOS = (module.get_config("tiny").to_dict() for module in (wan_1_3b, cosmos_2b))
-GENERATOR = ("model", "parametrization", "time_scale")
+WAN, COSMOS = wan_1_3b.tiny(wan_1_3b.EXPERIMENT), cosmos_2b.tiny(cosmos_2b.EXPERIMENT)
 
 
 def numpy_params(init, config) -> dict:
@@ -37,7 +36,7 @@ def published(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     write_tokenizer(folder / "tokenizer", WORDS)
     for name, values in (("wan", WAN), ("cosmos", COSMOS)):
-        media = generate.generation(values).media
+        media = values.media
         encoder = numpy_params(t5.init, media.text_encoder)
         layout = "official" if name == "wan" else "transformers"
         kind = media.text_encoder.model_type
@@ -49,9 +48,9 @@ def published(tmp_path_factory):
                 save_state_dict(folder / f"{file}.pth", arrays)
             else:
                 write_tensors(folder / file, arrays, shard_bytes=20_000)
-    checkpoint.write_params(folder / "student", WAN, jax.tree.map(np.asarray, wan.random_params()))
-    generator = {key: COSMOS[key] for key in GENERATOR}
-    checkpoint.write_params(folder / "converted", generator, jax.tree.map(np.asarray, cosmos.random_params()))
+    workdir.write_converted(folder / "student", WAN, jax.tree.map(np.asarray, wan.random_params()))
+    converted = Predictor(COSMOS.model)
+    workdir.write_converted(folder / "converted", converted, jax.tree.map(np.asarray, cosmos.random_params()))
     return folder
 
 
@@ -83,14 +82,14 @@ def video(path) -> np.ndarray:
 
 def expected(folder, prompt, seed, steps):
     """x0 [t, h, w, c] of the student, step by step."""
-    run = generate.generation(WAN)
+    run = WAN
     encoder = tiny.random_params(t5.init, run.media.text_encoder)
     ids, mask = text.tokenize(folder / "tokenizer", [prompt], run.media.text_length)
     cond = {"text": jnp.asarray(text.encode(run.media.text_encoder, encoder, ids, mask))}
-    F, times = wan.velocity(run.model), samplers.student_times(80.0, WAN["sampling"]["mid_times"][steps - 1])
+    F, times = wan.velocity(run.model), samplers.student_times(80.0, WAN.sampling.mid_times[steps - 1])
     x, params = None, wan.random_params()
     for k, t in enumerate(times):
-        noise = unit_noise(jax.random.fold_in(jax.random.key(0), k), [seed], run.shape)
+        noise = unit_noise(jax.random.fold_in(jax.random.key(0), k), [seed], run.data.shape)
         x = noise if k == 0 else jnp.cos(t) * x + jnp.sin(t) * noise
         x = jnp.cos(t) * x - jnp.sin(t) * F(params, x, jnp.full(1, t), cond)
     return np.asarray(x[0])
@@ -114,7 +113,7 @@ def test_prompts_and_seeds_become_videos_latents_and_a_sheet(run_script, publish
     for name, prompt, seed in ((names[0], "a cat sits", 3), (names[3], "a cat", 4)):
         assert relative(x0[name], expected(published, prompt, seed, 2)) < 2e-2  # bfloat16, in another program
     assert relative(x0[names[0]], x0[names[1]]) > 0.1 and relative(x0[names[0]], x0[names[2]]) > 1e-4
-    media = generate.generation(WAN).media
+    media = WAN.media
     decoder = tiny.random_params(wan_vae.init, media.vae)
     frames = np.stack(list(generate.frames(media, decoder, x0[names[0]])))
     seen = video(tmp_path / f"v-{names[0]}.mp4")

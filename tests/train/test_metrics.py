@@ -52,7 +52,7 @@ def test_wandb_without_the_library_says_how_to_get_it(tmp_path):
     try:
         import wandb  # noqa: F401
     except ImportError:
-        with pytest.raises(ValueError, match=r"config\.train\.wandb .*pip install .*\[wandb\]"):
+        with pytest.raises(ValueError, match=r"config\.train\.wandb: .*pip install .*\[wandb\]"):
             MetricsWriter(tmp_path, 0, wandb=True)
     else:
         pytest.skip("wandb is installed")

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rcm_jax.method import denoiser
+from rcm_jax.method.objectives import Given
 from rcm_jax.train import stability
 from rcm_jax.train.metrics import Mean
 from tests import tiny
@@ -26,12 +27,10 @@ def test_metrics_by_time_are_sums_and_counts_and_an_empty_part_has_no_mean():
 
 def probe_of(F):
     params = jnp.float32(3.0)
-    method = tiny.distillation(F)
     batch = {"x0": jax.random.normal(jax.random.key(0), (4, 6)), "cond": {}}
     velocities = denoiser.Velocities(F, lambda params, x, t, cond: -0.3 * x, F)
-    teacher = tiny.Teacher(params, {})
-    config = tiny.scm_config()
-    return stability.probe(config, velocities, method.init(params), teacher, batch, jax.random.key(1))
+    given = Given(velocities, params, None, tiny.Teacher(params, {}), batch, jax.random.key(1))
+    return stability.probe(tiny.scm_config(), given)
 
 
 def test_the_probe_finds_a_right_derivative_right_and_a_wrong_one_wrong():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from rcm_jax.method import trigflow
+from rcm_jax.method.denoiser import Velocities
 from rcm_jax.method.keys import named_keys
-from rcm_jax.method.objectives import losses
-from rcm_jax.method.objectives.dmd import draw_rollout
+from rcm_jax.method.objectives import Given, scm
 from rcm_jax.train import steps
 from rcm_jax.train.optimizer import power_ema_beta, power_ema_exponent
 from tests import tiny
@@ -164,7 +164,7 @@ def test_scm_metrics_of_a_warmup_step_are_those_of_the_loss_on_its_draws():
         cond, params = data["cond"], teacher().params
         F_u = F(params, x_t, t, {"label": jnp.full(tiny.BATCH, tiny.CLASSES)})
         F_T = F_u + config.guidance * (F(params, x_t, t, cond) - F_u)
-        return losses.scm(F, state.student.params, x_t, t, cond, F_T, r=1 / config.warmup)[1]
+        return scm.loss(F, state.student.params, x_t, t, cond, F_T, r=1 / config.warmup)[1]
 
     for name, value in expected().items():
         np.testing.assert_allclose(metrics[f"scm/{name}"], jnp.mean(value), rtol=1e-4, atol=1e-6, err_msg=name)
@@ -178,7 +178,9 @@ def test_rollout_lengths_take_every_value_up_to_the_largest_and_the_last_carries
         return jnp.full_like(x, -params)
 
     def last_time(key):
-        return jax.grad(lambda p: jnp.mean(draw_rollout(config, F, p, data, key, 0)))(0.0)
+        return jax.grad(lambda p: jnp.mean(config.rollout(Given(Velocities(F, F, F), p, None, None, data, key), key)))(
+            0.0
+        )
 
     gradients = np.asarray(jax.jit(jax.vmap(last_time))(jax.random.split(jax.random.key(0), 40)))
     one_step = np.isclose(gradients, 1.0, atol=1e-6)  # sin(pi/2)

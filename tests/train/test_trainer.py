@@ -42,23 +42,10 @@ def start(kind, workdir, mesh=None, *, config=TRAIN, data=None, on_sample=None):
     mesh = tiny.one_device() if mesh is None else mesh
     F, params = tiny.dit()
     method = tiny.pretraining(F) if kind == "diffusion" else tiny.distillation(F)
-    teacher = None if kind == "diffusion" else jax.device_put(tiny.teacher(params), replicated(mesh))
-    state, shardings = tiny.placed(method, mesh, params, offload=config.offload)
+    teacher = jax.device_put(tiny.teacher(None if kind == "diffusion" else params), replicated(mesh))
+    training = tiny.make_training(method, mesh, config=config, key=1)
     data = batches(tiny.arrays(), config.batch_size, seed=3) if data is None else data
-    state = trainer.fit(
-        method,
-        state,
-        shardings,
-        teacher,
-        data,
-        config=config,
-        workdir=workdir,
-        mesh=mesh,
-        key=jax.random.key(1),
-        label=kind,
-        on_sample=on_sample,
-    )
-    return state, data
+    return trainer.fit(training, trainer.place(training, params), teacher, data, workdir, on_sample), data
 
 
 def restored(workdir, step):

@@ -8,7 +8,7 @@ import pytest
 
 from configs import digits
 from rcm_jax.run import experiment
-from rcm_jax.util.config import build, flatten
+from rcm_jax.util.config import build, flatten, revise, to_mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +25,12 @@ class Square:
             raise ValueError(f"side {self.side} must be positive")
 
 
+KINDS = {"circle": Circle, "square": Square}
+
+
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    shape: Circle | Square
+    shape: Circle | Square = dataclasses.field(metadata={"kinds": KINDS})
     count: int
     visible: bool = True
     names: tuple[str, ...] = ()
@@ -36,12 +39,11 @@ class Scene:
     times: tuple[tuple[float, ...], ...] = ()
 
 
-KINDS = {"circle": Circle, "square": Square}
 GOOD = {"shape": {"kind": "square", "side": 2.0}, "count": 3}
 
 
 def scene(**changes):
-    return build(Scene, GOOD | changes, kinds=KINDS)
+    return build(Scene, GOOD | changes)
 
 
 @pytest.mark.smoke
@@ -84,7 +86,7 @@ def test_an_error_names_the_key_and_what_is_allowed(changes, message):
 
 def test_a_missing_key_is_named():
     with pytest.raises(ValueError, match="config: missing key count, shape"):
-        build(Scene, {}, kinds=KINDS)
+        build(Scene, {})
 
 
 def test_a_group_that_is_none_is_named():
@@ -98,11 +100,37 @@ def test_flatten_gives_a_path_to_every_leaf_as_json_has_it():
     assert flatten(json.loads(json.dumps(values))) == flatten(values)
 
 
+def test_a_mapping_of_a_dataclass_makes_it_again():
+    one = scene(limit=4)
+    assert build(Scene, to_mapping(one)) == one
+    assert to_mapping(one)["shape"] == {"kind": "square", "side": 2.0}
+    assert to_mapping(scene(), absent=lambda field, hint: field.name)["limit"] == "limit"
+
+
+def test_the_kind_of_a_table_of_one_may_be_left_out_and_an_empty_group_is_none():
+    @dataclasses.dataclass(frozen=True)
+    class Page:
+        shape: Circle | None = dataclasses.field(default=None, metadata={"kinds": {"circle": Circle}})
+
+    assert build(Page, {"shape": {"radius": 2}}) == Page(Circle(2.0))
+    assert build(Page, {"shape": {}}) == build(Page, {}) == Page()
+
+
+def test_keys_are_revised_together_and_a_key_that_is_not_there_is_named():
+    one = scene()
+    assert revise(one, {"shape.side": 3.0, "count": 5}) == Scene(Square(3.0), 5)
+    assert revise(one, {"shape": Circle(1.0), "shape.radius": 4.0}).shape == Circle(4.0)
+    with pytest.raises(ValueError, match=r"Square has no key edge \(of edge\)"):
+        revise(one, {"shape.edge": 3.0})
+    with pytest.raises(ValueError, match=r"side -1\.0 must be positive"):
+        revise(one, {"shape.side": -1.0})
+
+
 # --- the experiment
 
 
 def values():
-    return digits.get_config().to_dict()
+    return to_mapping(digits.EXPERIMENT)
 
 
 def set_key(mapping, path, value):
@@ -116,12 +144,6 @@ def test_the_digits_config_is_an_experiment_and_survives_json():
     run = experiment.from_mapping(values())
     assert isinstance(run, experiment.Experiment)
     assert experiment.from_mapping(json.loads(json.dumps(values()))) == run
-
-
-def test_the_part_that_makes_the_teacher_is_a_pretraining_without_the_rest():
-    theirs = experiment.teacher_values(values())
-    assert not {"rcm", "train", "teacher"} & set(theirs)
-    assert type(experiment.from_mapping(theirs)) is experiment.Pretraining
 
 
 @pytest.mark.parametrize(
