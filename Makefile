@@ -17,6 +17,7 @@ smoke: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --level error --pythonpath $(BIN)/python
 
 bench: $(VENV)/installed
 	$(BIN)/python -m kernels.bench
