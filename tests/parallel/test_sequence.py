@@ -22,6 +22,7 @@ from rcm_jax.train import trainer
 from rcm_jax.train.optimizer import OptimizerConfig
 from rcm_jax.train.state import Teacher
 from rcm_jax.train.steps import rcm_method
+from rcm_jax.util.config import revise
 from tests import cosmos as tiny_cosmos
 from tests import tiny
 from tests import wan as tiny_wan
@@ -245,8 +246,7 @@ def test_a_network_that_does_not_fit_is_refused_where_it_is_traced():
 
 
 def test_training_refuses_it_before_anything_is_written(tmp_path):
-    config = digits.get_config()
-    config.mesh.update(data=1, seq=8)
+    run = revise(digits.EXPERIMENT, {"mesh.data": 1, "mesh.seq": 8})
     with pytest.raises(ValueError, match="4 heads do not divide over seq = 8"):
-        pipeline.train(config.to_dict(), tmp_path / "run")
+        pipeline.train(run, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from rcm_jax import models
 from rcm_jax.models import cosmos, wan
 from rcm_jax.parallel.sharding import (
     RULES,
@@ -121,8 +122,7 @@ LARGE_MESHES = [(1, 8, 1), (2, 2, 2), (4, 64, 1), (2, 32, 8), (1, 64, 8)]
 @functools.cache
 def published_state(name):
     """The abstract, boxed TrainState of rCM on a published network."""
-    module = PUBLISHED[name]
-    boxed = jax.eval_shape(functools.partial(module.init, module.PUBLISHED[name]), jax.random.key(0))
+    boxed = jax.eval_shape(functools.partial(models.init, PUBLISHED[name].PUBLISHED[name]), jax.random.key(0))
     return jax.eval_shape(tiny.distillation(lambda *_: None).init, boxed)
 
 
