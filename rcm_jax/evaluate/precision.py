@@ -124,9 +124,8 @@ def weights(config, key, smooth: float, modulation: float) -> dict:
     """Initial float32 parameters, changed as the module says."""
     kind = KINDS[type(config)]
     half = getattr(config, kind.features) // 2
-    turns = (
-        10_000.0 ** -(np.arange(half) / half) * models.network_of(config).time_scale / 1000
-    )  # in a thousandth of tau
+    thousandth = models.network_of(config).time_scale / 1000  # of tau
+    turns = 10_000.0 ** -(np.arange(half) / half) * thousandth
     damping = np.tile(np.exp(-((smooth * turns) ** 2) / 2), 2).astype(np.float32)  # cosines, sines
     factors = dict.fromkeys(kind.sinusoidal, damping) | {kind.modulation: np.array([modulation], np.float32)}
 

@@ -63,9 +63,7 @@ class RcmConfig:
 
     student: OptimizerConfig = OptimizerConfig()
     fake_score: OptimizerConfig | None = OptimizerConfig()
-    weighting: OptimizerConfig | None = (
-        None  # trains an adaptive weighting of the consistency loss; None: there is none
-    )
+    weighting: OptimizerConfig | None = None  # trains the adaptive weighting of the consistency loss, if there is one
     guidance: float = 1.0  # F_u + w·(F_c − F_u)
     consistency: Objective | None = dataclasses.field(default=ScmConfig(), metadata={"kinds": CONSISTENCY})
     dmd: Matching | None = dataclasses.field(default=DmdConfig(), metadata={"kinds": MATCHING})
