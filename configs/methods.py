@@ -7,6 +7,7 @@
 | scm_semi, scm_discrete | the same with finite differences, in time or altogether, for the derivative |
 | rcm_adaptive, scm_adaptive | rcm and scm with the adaptive weighting of the sCM paper |
 | sct | consistency with the data alone: no teacher, from random parameters |
+| rf_scm, rf_rcm | scm and rcm with the consistency loss in the velocity of rectified flow |
 | dcm, dcm_dmd | consistency in discrete time, alone and with DMD |
 | dmd, dmd_fixed | DMD alone, its rollouts at random times and at the mid times of the sampler |
 
@@ -17,10 +18,11 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
-from rcm_jax.method.objectives import DcmConfig
+from rcm_jax.method.objectives import DcmConfig, RfScmConfig
 from rcm_jax.run.experiment import Experiment
 from rcm_jax.util.config import revise, to_mapping
 
@@ -85,17 +87,25 @@ def sct(run):
     return revise(scm(run), changes | {"teacher": "", "pretrain": None, "exact_teacher": False})
 
 
+def rf_rcm(run):
+    """With the times and the scale that the config has for sCM."""
+    old = run.rcm.consistency
+    return revise(run, {"rcm.consistency": RfScmConfig(time=old.time, scale=old.scale)})
+
+
+def rf_scm(run):
+    return scm(rf_rcm(run))
+
+
 def dcm_dmd(run):
-    changes = {
-        "train.steps": student_updates(run) * run.rcm.dmd.update_freq,
-        "rcm.consistency": DcmConfig(scale=run.rcm.consistency.scale),
-        "rcm.warmup": 0,  # there is no tangent
-    }
-    return revise(run, changes)
+    """The warm-up of rCM is of dCM alone, as in the official code, though there is no tangent."""
+    return revise(run, {"rcm.consistency": DcmConfig(scale=run.rcm.consistency.scale)})
 
 
 def dcm(run):
-    return scm(dcm_dmd(run))
+    updates = student_updates(run)
+    alone = {"rcm.dmd": None, "rcm.fake_score": None, "rcm.warmup": 0, "train.steps": updates}
+    return revise(run, {"rcm.consistency": DcmConfig(scale=run.rcm.consistency.scale)} | alone)
 
 
 def dmd(run):
@@ -115,8 +125,43 @@ METHODS: dict[str, Change] = {
     "scm_discrete": scm_discrete,
     "scm_adaptive": scm_adaptive,
     "sct": sct,
+    "rf_scm": rf_scm,
+    "rf_rcm": rf_rcm,
     "dcm": dcm,
     "dcm_dmd": dcm_dmd,
     "dmd": dmd,
     "dmd_fixed": dmd_fixed,
 }
+
+
+class Stage(NamedTuple):
+    """A part of a recipe: a method, and its share of the updates of the student that the config has."""
+
+    method: str
+    share: float
+
+
+# Several methods, each from the student of the one before. "staged" is the official advice since June 2026.
+RECIPES: dict[str, tuple[Stage, ...]] = {
+    "staged": (Stage("dcm", 0.2), Stage("scm", 0.4), Stage("rcm", 0.4)),
+}
+
+
+def stages(run: Experiment, recipe: str) -> dict[str, Experiment]:
+    """{"1_dcm": …, "2_scm": …, …}: as many updates of the student in all as `run` has, a config of rCM.
+
+    No stage waits for a tangent or for DMD: the stage before it was the warm-up. Learning rates that decay do so within
+    each stage.
+    """
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe {recipe!r} is none of {', '.join(RECIPES)}")
+    if not (run.rcm.dmd and run.rcm.consistency and run.rcm.consistency.has_tangent):
+        raise ValueError(f"a recipe is made of a config of rCM, and this one is of {run.rcm.name}: name no method")
+    made, total = {}, student_updates(run)
+    for i, (method, share) in enumerate(RECIPES[recipe], 1):
+        updates = max(1, round(share * total))
+        stage = METHODS[method](revise(run, {"rcm.warmup": 0, "train.steps": updates * run.rcm.dmd.update_freq}))
+        if run.rcm.student.decay_steps:
+            stage = revise(stage, {"rcm.student.decay_steps": max(updates, run.rcm.student.warmup_steps + 1)})
+        made[f"{i}_{method}"] = stage
+    return made

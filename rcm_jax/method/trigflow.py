@@ -61,6 +61,13 @@ def from_rectified_flow(x: Batch, v: Batch, t: Times) -> Batch:
     return ((c - s) * x + v) / (c + s)
 
 
+def rectified_flow_velocity(x: Batch, F: Batch, t: Times) -> Batch:
+    """(3) v = (c+s)·F − (c−s)·x: the inverse of `from_rectified_flow`."""
+    t = expand(t, x)
+    c, s = jnp.cos(t), jnp.sin(t)
+    return (c + s) * F - (c - s) * x
+
+
 @dataclasses.dataclass(frozen=True)
 class LogNormal:
     """log tan t ~ N(mean, std²): p_G of the paper, and of the sCM and EDM papers."""

@@ -21,6 +21,8 @@ PHASES = {  # and the metrics by which their losses are known
     "scm_discrete": {"scm"},
     "scm_adaptive": {"scm", "weighting"},
     "sct": {"scm"},
+    "rf_scm": {"rf_scm"},
+    "rf_rcm": {"rf_scm", "dmd", "critic"},
     "dcm": {"dcm"},
     "dcm_dmd": {"dcm", "dmd", "critic"},
     "dmd": {"dmd", "critic"},
@@ -66,7 +68,7 @@ def test_every_method_trains_by_its_losses_alone(name):
         after, metrics = jax.eval_shape(method.steps[phase], state, teacher, batch, jax.random.key(0))
         assert jax.tree.structure(after) == jax.tree.structure(state)
         seen |= {metric.split("/")[0] for metric in metrics}
-    assert seen - {"student"} == PHASES[name]
+    assert seen - {"student", "nonfinite"} == PHASES[name]
     assert (method.probe is not None) == ("scm" in PHASES[name] and config.consistency.derivative == "jvp")
 
 
@@ -101,6 +103,38 @@ def test_variants_are_known_whatever_their_case():
 def test_an_unknown_variant_is_refused_with_the_known_ones(variant):
     with pytest.raises(ValueError, match=rf"variant '{variant}' is none of .*scm, "):
         digits.get_config(variant)
+
+
+def test_the_phases_around_the_end_of_the_warm_up():
+    """At i = H the student has its first turn, still without DMD (the official code adds it there)."""
+    config = tiny.rcm_config(warmup=4)
+    phases = [rcm_phase(config, i) for i in range(12)]
+    assert phases == ["warmup"] * 5 + ["critic", "critic", "student"] * 2 + ["critic"]
+    assert [rcm_phase(tiny.rcm_config(warmup=0), i) for i in range(4)] == ["warmup", "critic", "critic", "student"]
+
+
+def test_dcm_with_dmd_warms_up_as_rcm_does():
+    rcm, dcm_dmd = run_of("wan_1_3b", "rcm"), run_of("wan_1_3b", "dcm_dmd")
+    assert dcm_dmd.rcm.warmup == rcm.rcm.warmup == 1000
+    assert dcm_dmd.train == rcm.train
+
+
+@pytest.mark.parametrize("module", CONFIGS)
+def test_a_recipe_has_the_updates_of_its_config_each_stage_from_the_one_before(module):
+    run = CONFIGS[module].EXPERIMENT
+    stages = methods.stages(run, "staged")
+    assert list(stages) == ["1_dcm", "2_scm", "3_rcm"]
+    assert [stage.rcm.name for stage in stages.values()] == ["dCM", "sCM", "rCM"]
+    updates = sum(student_updates(stage.rcm, stage.train.steps) for stage in stages.values())
+    assert abs(updates - student_updates(run.rcm, run.train.steps)) <= 2
+    assert all(stage.rcm.warmup == 0 for stage in stages.values())
+
+
+def test_a_recipe_that_is_none_or_of_another_method_is_refused():
+    with pytest.raises(ValueError, match="recipe 'stage' is none of staged"):
+        methods.stages(digits.EXPERIMENT, "stage")
+    with pytest.raises(ValueError, match="this one is of sCM: name no method"):
+        methods.stages(methods.scm(digits.EXPERIMENT), "staged")
 
 
 def test_pure_dmd_begins_with_dmd():

@@ -9,7 +9,9 @@ from rcm_jax.method.objectives.common import Term as Term
 from rcm_jax.method.objectives.dcm import DcmConfig
 from rcm_jax.method.objectives.diffusion import DiffusionConfig as DiffusionConfig
 from rcm_jax.method.objectives.dmd import DmdConfig
+from rcm_jax.method.objectives.rf_scm import RfScmConfig
 from rcm_jax.method.objectives.scm import ScmConfig
 
-CONSISTENCY: dict[str, type[Objective]] = {"scm": ScmConfig, "dcm": DcmConfig}  # losses on the data, from the start
+# Losses on the data, from the start.
+CONSISTENCY: dict[str, type[Objective]] = {"scm": ScmConfig, "rf_scm": RfScmConfig, "dcm": DcmConfig}
 MATCHING: dict[str, type[Matching]] = {"dmd": DmdConfig}  # losses on the student's samples, with a critic

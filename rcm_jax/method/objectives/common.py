@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from rcm_jax.method import trigflow
 from rcm_jax.method.denoiser import Velocities
 from rcm_jax.method.trigflow import Array, Batch, Times
 
@@ -80,3 +81,28 @@ def check_known(config, **tables) -> None:
 def sum_squares(x: Batch) -> Times:
     """‖x‖² per sample."""
     return jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)))
+
+
+# (6); clipping to [−1, 1], the alternative of the sCM paper (section 4.1); and nothing: (g, its norm) -> g
+LIMITS = {
+    "norm": lambda g, norm: g / (norm + 0.1),
+    "clip": lambda g, norm: jnp.clip(g, -1.0, 1.0),
+    "none": lambda g, norm: g,
+}
+
+
+def regression(
+    F: Batch, F_fixed: Batch, g: Batch, limit: str = "norm", metrics: dict | None = None
+) -> tuple[Times, dict[str, Times]]:
+    """(6) ‖F − sg[F] − g‖² with g limited, and metrics [b]; F_fixed = sg[F], no gradient passes through g.
+
+    A sample whose F or g is not finite contributes 0, has 1 in the metric "nonfinite", and 0 in the others.
+    """
+    norm = jnp.sqrt(sum_squares(g))
+    finite = jnp.isfinite(norm) & jnp.isfinite(sum_squares(F_fixed))
+    # Masked before it meets F: 0·NaN in the backward pass would take the whole batch along.
+    g = jnp.where(trigflow.expand(finite, g), LIMITS[limit](g, trigflow.expand(norm, g)), 0.0)
+    values = jnp.where(finite, sum_squares(F - F_fixed - g), 0.0)
+    watched = {"tangent_norm": norm} | (metrics or {})
+    watched = {name: jnp.where(finite, value, 0.0) for name, value in watched.items()}
+    return values, {"loss": values, "nonfinite": 1.0 - finite} | watched

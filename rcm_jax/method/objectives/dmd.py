@@ -88,11 +88,15 @@ def loss(x0: Batch, x_t: Batch, t: Times, F_teacher: Batch, F_fake: Batch) -> tu
     """(7) ‖x0 − sg[x0 − (f_fake − f_T)/w]‖², w = max(mean|x0 − f_T|, 1e-5) per sample, and metrics [b].
 
     x0 is the student's sample (carries the gradient), x_t its diffusion to t, F_teacher (guided) and F_fake at
-    (x_t, t). The gradient in x0 is 2·(f_fake − f_T)/w.
+    (x_t, t). The gradient in x0 is 2·(f_fake − f_T)/w. A sample that is not finite, or whose gradient would not be,
+    contributes 0 and has 1 in the metric "nonfinite".
     """
     f_teacher = trigflow.denoise(x_t, F_teacher, t)
     f_fake = trigflow.denoise(x_t, F_fake, t)
     weight = jnp.maximum(jnp.mean(jnp.abs(x0 - f_teacher), axis=tuple(range(1, x0.ndim))), 1e-5)
     target = stop_gradient(x0 - (f_fake - f_teacher) / trigflow.expand(weight, x0))
-    values = sum_squares(x0 - target)
-    return values, {"loss": values, "weight": stop_gradient(weight)}
+    finite = jnp.isfinite(sum_squares(target))
+    # Masked before it is squared: what is 0 there has no gradient, where 0·NaN would be one.
+    values = sum_squares(jnp.where(trigflow.expand(finite, x0), x0 - target, 0.0))
+    watched = jnp.where(finite, stop_gradient(weight), 0.0)
+    return values, {"loss": values, "weight": watched, "nonfinite": 1.0 - finite}

@@ -11,7 +11,16 @@ from jax.lax import stop_gradient
 from rcm_jax.method import trigflow
 from rcm_jax.method.denoiser import Velocity
 from rcm_jax.method.keys import named_keys
-from rcm_jax.method.objectives.common import Given, Objective, Term, check_known, check_scale, sum_squares
+from rcm_jax.method.objectives.common import (
+    LIMITS,
+    Given,
+    Objective,
+    Term,
+    check_known,
+    check_scale,
+    regression,
+    sum_squares,
+)
 from rcm_jax.method.trigflow import Batch, Times
 
 STEP = 1e-4  # h of the finite differences, in t
@@ -66,12 +75,6 @@ FOLLOWED: dict[str, Callable] = {
     "teacher": lambda given, x0, eps, x_t, t: given.teacher_F(x_t, t),
     "data": lambda given, x0, eps, x_t, t: trigflow.target(x0, eps, t),
 }
-# (6); clipping to [−1, 1], the alternative of the sCM paper (section 4.1); and nothing: (g, its norm) -> g
-LIMITS = {
-    "norm": lambda g, norm: g / (norm + 0.1),
-    "clip": lambda g, norm: jnp.clip(g, -1.0, 1.0),
-    "none": lambda g, norm: g,
-}
 
 
 def loss(
@@ -80,27 +83,17 @@ def loss(
 ) -> tuple[Times, dict[str, Times]]:  # fmt: skip
     """(4)–(6) ‖F − sg[F] − sg[g]‖² with a limited tangent g, and metrics [b].
 
-    r in [0, 1] is the tangent warm-up (may be traced). A sample whose F or tangent is not finite contributes 0 and has
-    1 in the metric "nonfinite". The metric "residual" is the root mean square of c·df/dt along F_teacher: 0 for a
-    perfect consistency function of a teacher.
+    r in [0, 1] is the tangent warm-up (may be traced). The metric "residual" is the root mean square of c·df/dt along
+    F_teacher: 0 for a perfect consistency function of a teacher.
     """
     F_theta, dF = DERIVATIVES[derivative](F, params, x_t, t, cond, F_teacher)
     F_fixed, dF = stop_gradient((F_theta, dF))
     g = tangent(x_t, t, F_fixed, dF, F_teacher, r=r, warmup_form=warmup_form)
-    norm = jnp.sqrt(sum_squares(g))
-    finite = jnp.isfinite(norm) & jnp.isfinite(sum_squares(F_fixed))
-    # Masked before it meets F: 0·NaN in the backward pass would take the whole batch along.
-    g = jnp.where(trigflow.expand(finite, g), LIMITS[limit](g, trigflow.expand(norm, g)), 0.0)
-    values = jnp.where(finite, sum_squares(F_theta - F_fixed - g), 0.0)
     c_df = tangent(x_t, t, F_fixed, dF, F_teacher, r=1.0, warmup_form=warmup_form)
-    metrics = {
-        "loss": values,
-        "tangent_norm": jnp.where(finite, norm, 0.0),
-        "nonfinite": 1.0 - finite,
-        "teacher_gap": jnp.where(finite, jnp.sqrt(sum_squares(F_fixed - F_teacher)), 0.0),
-        "residual": jnp.where(finite, jnp.sqrt(sum_squares(c_df) / x_t[0].size), 0.0),
-    }
-    return values, metrics
+    return regression(F_theta, F_fixed, g, limit, {
+        "teacher_gap": jnp.sqrt(sum_squares(F_fixed - F_teacher)),
+        "residual": jnp.sqrt(sum_squares(c_df) / x_t[0].size),
+    })  # fmt: skip
 
 
 def jvp_derivative(F: Velocity, params, x_t, t, cond, F_teacher):
