@@ -1,7 +1,8 @@
 """What a data set gives the rest, and the stream of training batches whose position is part of the checkpoint."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -61,10 +62,14 @@ def random_access(examples):
     return Examples(examples) if isinstance(examples, Mapping) else examples
 
 
-def batches(examples, batch_size: int, seed: int, rows: np.ndarray | slice = slice(None)) -> grain.DatasetIterator:
+def batches(
+    examples, batch_size: int, seed: int, rows: np.ndarray | slice = slice(None), leave_out: Sequence[int] = ()
+) -> grain.DatasetIterator:
     """Endless shuffled batches [batch_size, ...]; get_state and set_state of the iterator are its position.
 
-    rows: those of every batch that are read, the others being for other processes. The position is that of them all.
+    Each has besides "index" [batch_size], int: where all of its examples stand in the data, those of other processes
+    included. rows: those of every batch that are read, the others being for other processes. The position is that of
+    them all. leave_out: examples in whose place the next ones stand; the order of the others stays as it is.
 
     Every epoch is a new permutation, and batches run over epoch borders: no example is dropped. In memory are
     indices and four batches ahead, however many examples there are.
@@ -75,6 +80,20 @@ def batches(examples, batch_size: int, seed: int, rows: np.ndarray | slice = sli
     threads = 1 if isinstance(examples, Mapping) else 4
     source = random_access(examples)
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(batch_size)
-    # Whole batches are gathered at once: one indexing per array, not one per example.
-    stream = order.map(lambda batch: source[np.asarray(batch)[rows]])
-    return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)))
+    instead = replacements(leave_out, len(source))
+
+    def read(batch):  # whole batches are gathered at once: one indexing per array, not one per example
+        index = np.array([instead.get(i, i) for i in np.asarray(batch).tolist()])
+        return source[index[rows]] | {"index": index}
+
+    return iter(order.map(read).to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)))
+
+
+def replacements(leave_out: Sequence[int], count: int) -> dict[int, int]:
+    """{example left out: the next one that is not}; ValueError for one that is not there, or if none is left."""
+    gone = set(leave_out)
+    if strange := sorted(i for i in gone if not 0 <= i < count):
+        raise ValueError(f"train.leave_out names example {strange[0]}, but the data have {count}, from 0")
+    if len(gone) == count:
+        raise ValueError(f"train.leave_out names all {count} examples of the data")
+    return {i: next(k % count for k in itertools.count(i + 1) if k % count not in gone) for i in gone}

@@ -4,8 +4,10 @@ import json
 import math
 import pathlib
 import secrets
+from typing import NamedTuple
 
 import jax
+import numpy as np
 from tensorboardX import SummaryWriter
 
 from rcm_jax.util.extras import require
@@ -23,7 +25,7 @@ class MetricsWriter:
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         self.wandb = None
         if wandb:
-            library = require("wandb", "wandb", "config.train.wandb")
+            library = wandb_library()
             note = workdir / "wandb_id"  # a resumed run goes on in the same curves
             if not note.exists():
                 write_text(note, secrets.token_hex(4))
@@ -55,24 +57,47 @@ def read_metrics(workdir) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-class Mean:
-    """Running means of scalar metrics that stay on the device until read: logging does not stall the step."""
+class Reading(NamedTuple):
+    """What the steps of a window said."""
+
+    values: dict[str, float]  # the mean of every name over the steps that had it
+    skips: dict[str, list[bool]]  # of every network, update by update: was it skipped?
+    examples: list[int]  # of the data, that were not finite; rising
+
+
+class Window:
+    """The metrics since the last line of the log. They stay on the device until read: logging does not stall a step."""
 
     def __init__(self):
-        self.rows, self.steps = [], 0
+        self.rows: list[tuple[dict, np.ndarray | None]] = []
 
-    def add(self, metrics: dict, steps: int = 1) -> None:
-        """Remember one step's scalars (phases have different names), or something that is no step, with steps = 0."""
-        self.rows.append(metrics)
-        self.steps += steps
+    def add(self, metrics: dict, index: np.ndarray | None = None) -> None:
+        """Remembers the scalars of a step (phases have different names), or of something that is no step.
 
-    def read(self) -> dict[str, float]:
-        """Mean of every name over the steps that had it, then forget. Pairs are sum and count; a count of 0 is none."""
-        rows, self.rows, self.steps = jax.device_get(self.rows), [], 0
-        totals = {}
-        for row in rows:
+        Pairs are sum and count. "nonfinite" alone is no scalar: it says which examples of the batch [b] were not
+        finite, and index [b] where they stand in the data.
+        """
+        self.rows.append((metrics, index))
+
+    def read(self) -> Reading:
+        """The window, which then begins anew. A name whose pairs count 0 has no value."""
+        pending, self.rows = self.rows, []
+        rows = jax.device_get([metrics for metrics, _ in pending])
+        totals, skips, examples = {}, {}, set()
+        for row, (_, index) in zip(rows, pending, strict=True):
+            bad = row.pop("nonfinite", None)
+            if bad is not None and index is not None:
+                examples.update(index[np.asarray(bad) > 0].tolist())
             for name, value in row.items():
                 total, count = value if isinstance(value, tuple) else (value, 1)
                 before = totals.get(name, (0.0, 0))
                 totals[name] = before[0] + float(total), before[1] + int(count)
-        return {name: total / count for name, (total, count) in sorted(totals.items()) if count}
+                if name.endswith("/skipped"):
+                    skips.setdefault(name.removesuffix("/skipped"), []).append(bool(value))
+        values = {name: total / count for name, (total, count) in sorted(totals.items()) if count}
+        return Reading(values, skips, sorted(examples))
+
+
+def wandb_library():
+    """The package; ValueError that says how to install it."""
+    return require("wandb", "wandb", "config.train.wandb")

@@ -20,6 +20,27 @@ def test_batches_hold_matching_rows_of_every_array():
     np.testing.assert_array_equal(batch["x0"], ARRAYS["x0"][batch["cond"]["label"]])
 
 
+def test_a_batch_says_where_all_its_examples_stand_whatever_rows_of_it_are_read():
+    whole, part = batches(ARRAYS, 4, seed=0), batches(ARRAYS, 4, seed=0, rows=np.array([1, 2]))
+    for _ in range(5):
+        a, b = next(whole), next(part)
+        np.testing.assert_array_equal(a["index"], a["cond"]["label"])
+        np.testing.assert_array_equal(a["index"], b["index"])
+        np.testing.assert_array_equal(b["cond"]["label"], a["index"][1:3])
+
+
+def test_an_example_left_out_gives_its_turn_to_the_next_one_that_is_not():
+    plain, left_out = (labels(batches(ARRAYS, 5, seed=0, leave_out=out), 4) for out in ((), (2, 3, 9)))
+    instead = {2: 4, 3: 4, 9: 0}
+    assert left_out == [[instead.get(i, i) for i in batch] for batch in plain]
+
+
+@pytest.mark.parametrize(("out", "words"), [((10,), "example 10, but the data have 10"), (range(10), "all 10")])
+def test_examples_that_are_not_there_or_all_that_are_cannot_be_left_out(out, words):
+    with pytest.raises(ValueError, match=words):
+        batches(ARRAYS, 4, seed=0, leave_out=out)
+
+
 def test_every_epoch_is_a_new_permutation_and_no_example_is_dropped():
     stream = list(itertools.chain(*labels(batches(ARRAYS, 4, seed=0), 10)))  # four epochs of ten
     epochs = [stream[i : i + 10] for i in range(0, 40, 10)]

@@ -4,9 +4,10 @@ import json
 import math
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from rcm_jax.train.metrics import Mean, MetricsWriter, read_metrics
+from rcm_jax.train.metrics import MetricsWriter, Window, read_metrics
 
 
 def test_rows_are_json_lines_and_numbers_that_are_not_finite_are_null(tmp_path):
@@ -39,13 +40,25 @@ def test_metrics_of_a_folder_without_any_are_none(tmp_path):
     assert read_metrics(tmp_path) == []
 
 
-def test_mean_is_over_the_steps_that_have_the_name_and_is_forgotten_when_read():
-    mean = Mean()
-    mean.add({"scm/loss": jnp.float32(1.0)})
-    mean.add({"scm/loss": jnp.float32(2.0)})
-    mean.add({"critic/loss": jnp.float32(5.0)})
-    assert mean.read() == {"critic/loss": 5.0, "scm/loss": 1.5}
-    assert mean.read() == {}
+def test_means_are_over_the_steps_that_have_the_name_and_are_forgotten_when_read():
+    window = Window()
+    window.add({"scm/loss": jnp.float32(1.0)})
+    window.add({"scm/loss": jnp.float32(2.0)})
+    window.add({"critic/loss": jnp.float32(5.0)})
+    assert window.read() == ({"critic/loss": 5.0, "scm/loss": 1.5}, {}, [])
+    assert window.read() == ({}, {}, [])
+
+
+def test_a_window_tells_each_networks_updates_in_order_and_the_examples_by_their_index_in_the_data():
+    window = Window()
+    for skipped, bad in ((0.0, [0, 0]), (1.0, [0, 1])):
+        flags = jnp.array(bad, jnp.float32)
+        window.add({"student/skipped": jnp.float32(skipped), "nonfinite": flags}, np.array([7, 3]))
+    window.add({"critic/skipped": jnp.float32(1.0)}, np.array([1, 2]))
+    reading = window.read()
+    assert reading.skips == {"student": [False, True], "critic": [True]}
+    assert reading.examples == [3]
+    assert reading.values == {"critic/skipped": 1.0, "student/skipped": 0.5}
 
 
 def test_wandb_without_the_library_says_how_to_get_it(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 from rcm_jax.method import denoiser
 from rcm_jax.method.objectives import Given
 from rcm_jax.train import stability
-from rcm_jax.train.metrics import Mean
+from rcm_jax.train.metrics import Window
 from tests import tiny
 
 
@@ -16,13 +16,11 @@ def test_metrics_by_time_are_sums_and_counts_and_an_empty_part_has_no_mean():
     metrics = {name: jnp.array([1.0, 2.0, 3.0, 4.0]) for name in ("tangent_norm", "loss")}
     parts = stability.by_time(metrics, t)
     assert set(parts) == {f"tangent_norm/t{k}" for k in range(4)}
-    mean = Mean()
-    mean.add(parts)
-    mean.add(stability.by_time({"tangent_norm": jnp.array([9.0])}, jnp.array([0.1])))
-    mean.add({"probe": jnp.ones(())}, steps=0)
-    assert mean.steps == 2
-    assert mean.read() == {"probe": 1, "tangent_norm/t0": 4, "tangent_norm/t1": 3, "tangent_norm/t3": 4}
-    assert mean.steps == 0
+    window = Window()
+    window.add(parts)
+    window.add(stability.by_time({"tangent_norm": jnp.array([9.0])}, jnp.array([0.1])))
+    window.add({"probe": jnp.ones(())})
+    assert window.read().values == {"probe": 1, "tangent_norm/t0": 4, "tangent_norm/t1": 3, "tangent_norm/t3": 4}
 
 
 def probe_of(F):

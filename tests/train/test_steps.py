@@ -10,7 +10,7 @@ import pytest
 from rcm_jax.method import trigflow
 from rcm_jax.method.denoiser import Velocities
 from rcm_jax.method.keys import named_keys
-from rcm_jax.method.objectives import Given, scm
+from rcm_jax.method.objectives import Given, dmd, scm
 from rcm_jax.train import steps
 from rcm_jax.train.optimizer import power_ema_beta, power_ema_exponent
 from tests import tiny
@@ -170,6 +170,39 @@ def test_scm_metrics_of_a_warmup_step_are_those_of_the_loss_on_its_draws():
         np.testing.assert_allclose(metrics[f"scm/{name}"], jnp.mean(value), rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+def test_dmd_metrics_of_a_student_step_are_those_of_the_loss_on_its_draws():
+    """At the student's rollout, with the guided teacher and the fake score without guidance."""
+    config, (F, _) = rcm_config(), tiny.dit()
+    state, data = start(), batch()
+    _, metrics = step("student", state, data)
+    own = named_keys(jax.random.key(0), "time", "noise", "samples")["samples"]
+    keys = named_keys(own, "rollout", "time", "noise")
+
+    @jax.jit
+    def expected():
+        cond, params = data["cond"], teacher().params
+        given = Given(Velocities(F, F, F), state.student.params, None, None, data, None)
+        x0 = config.dmd.rollout(given, keys["rollout"])
+        t = config.dmd.time.sample(keys["time"], (tiny.BATCH,))
+        x_t = trigflow.diffuse(x0, jax.random.normal(keys["noise"], x0.shape), t)
+        F_u = F(params, x_t, t, {"label": jnp.full(tiny.BATCH, tiny.CLASSES)})
+        F_T = F_u + config.guidance * (F(params, x_t, t, cond) - F_u)
+        return dmd.loss(x0, x_t, t, F_T, F(state.fake_score.params, x_t, t, cond))[1]
+
+    for name, value in expected().items():
+        np.testing.assert_allclose(metrics[f"dmd/{name}"], jnp.mean(value), rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_sample_that_is_not_finite_is_known_by_its_place_in_the_batch(parts):
+    F, _ = tiny.dit()
+    data = jax.tree.map(lambda x: jnp.concatenate([x] * 2), batch())
+    data["x0"] = data["x0"].at[5].set(jnp.nan)
+    _, metrics = jax.jit(tiny.distillation(F, parts).steps["student"])(start(), teacher(), data, jax.random.key(0))
+    assert metrics["nonfinite"].tolist() == [float(i == 5) for i in range(2 * tiny.BATCH)]
+    assert float(metrics["scm/nonfinite"]) == pytest.approx(1 / (2 * tiny.BATCH))
+
+
 def test_rollout_lengths_take_every_value_up_to_the_largest_and_the_last_carries_the_gradient():
     """F = −params makes f = c·x + s·params: the gradient in params is sin of the time of the last step."""
     config, data = tiny.dmd_config(max_rollout=3), batch()
@@ -203,7 +236,8 @@ def test_an_accumulated_gradient_is_the_mean_of_those_of_the_parts():
     parts = [jax.tree.map(lambda x, i=i: x[i::3], rows) for i in range(3)]
     each = [jax.grad(loss, has_aux=True)(params, part, jax.random.fold_in(key, i)) for i, part in enumerate(parts)]
     assert_trees_close(grads, {"w": sum(g["w"] for g, _ in each) / 3}, rtol=1e-5, atol=1e-5)
-    assert_trees_close(metrics["loss"], jnp.stack([m["loss"] for _, m in each]), rtol=1e-5, atol=1e-5)
+    in_order = jnp.stack([m["loss"] for _, m in each], axis=1).reshape(-1)
+    assert_trees_close(metrics["loss"], in_order, rtol=1e-5, atol=1e-5)
     total, count = metrics["pair"]
     assert count == 12 and float(total) == pytest.approx(float(jnp.sum(metrics["loss"])), rel=1e-5)
     whole = jax.grad(loss, has_aux=True)(params, rows, key)

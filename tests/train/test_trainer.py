@@ -99,6 +99,23 @@ def test_the_rcm_run_crosses_every_phase_and_logs_each(uninterrupted):
     assert all(np.isfinite(value) for row in rows for value in row.values())
 
 
+def test_every_step_draws_with_a_key_of_its_own(tmp_path):
+    """fold_in(key, step): a resumed step draws what it would have drawn, another step something else."""
+    F, params = tiny.dit()
+
+    def draw(state, teacher, batch, key):
+        return state.replace(step=state.step + 1), {"draw": jax.random.uniform(key)}
+
+    method = tiny.pretraining(F)._replace(steps={"diffusion": draw})
+    training = tiny.make_training(method, tiny.one_device(), config=TRAIN, key=1)
+    state, draws = trainer.place(training, params), []
+    for _ in range(3):
+        state, metrics = training.steps["diffusion"](state, tiny.teacher(None), {})
+        draws.append(float(metrics["draw"]))
+    expected = [float(jax.random.uniform(jax.random.fold_in(jax.random.key(1), i))) for i in range(3)]
+    assert draws == expected and len(set(draws)) == 3
+
+
 def test_training_lowers_the_diffusion_loss(uninterrupted):
     """Of a network on 40 random images: it learns at least to predict the mean."""
     rows = read_metrics(uninterrupted("diffusion")[2])
@@ -134,6 +151,48 @@ def test_a_run_on_a_mesh_resumes_to_the_last_bit_with_its_shardings(tmp_path):
     alone, _ = start("diffusion", tmp_path / "b", config=config)  # on one device
     assert int(alone.step) == 6 and int(alone.student.updates) == 6
     assert_trees_close(alone, expected, rtol=1e-3, atol=2e-5)
+
+
+def poisoned(*examples):
+    """The data with some that are not finite."""
+    arrays = tiny.arrays()
+    arrays["x0"][list(examples)] = np.nan
+    return arrays
+
+
+def test_a_bad_example_costs_its_updates_and_is_named_and_training_goes_on(tmp_path, caplog):
+    """A window of the log here has one update of the student or two: a skipped one was the end of the run before."""
+    config = dataclasses.replace(TRAIN, log_every=3)
+    data = batches(poisoned(5), config.batch_size, seed=3)
+    with caplog.at_level("WARNING", logger="absl"):
+        state, _ = start("rcm", tmp_path, config=config, data=data)
+    assert int(state.step) == 40
+    rows = read_metrics(tmp_path)
+    assert any(row.get("student/skipped") == 1.0 for row in rows)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state)))
+    assert "example 5 of the data is not finite" in caplog.text and 'leave_out="(5,)"' in caplog.text
+
+
+def test_an_example_left_out_gives_its_turn_to_the_next_and_the_rest_stays(tmp_path):
+    config = dataclasses.replace(TRAIN, steps=10)
+    left_out = batches(poisoned(5, 6), 8, seed=3, leave_out=(5, 6))
+    clean = tiny.arrays()
+    for array in (clean["x0"], clean["cond"]["label"]):
+        array[5:7] = array[7]
+    state, _ = start("rcm", tmp_path / "a", config=config, data=left_out)
+    same, _ = start("rcm", tmp_path / "b", config=config, data=batches(clean, 8, seed=3))
+    assert_trees_equal(state, same)
+
+
+@pytest.mark.parametrize("log_every", [1, 7])
+def test_a_run_that_learns_nothing_stops_whatever_its_log_and_goes_on_when_told_what_to_leave_out(log_every, tmp_path):
+    config = dataclasses.replace(TRAIN, log_every=log_every, checkpoint_every=2, most_skips=3)
+    bad = range(20)
+    with pytest.raises(ValueError, match=r"of the student in a row .* xamples 0, "):
+        start("rcm", tmp_path, config=config, data=batches(poisoned(*bad), 8, seed=3))
+    again = batches(poisoned(*bad), 8, seed=3, leave_out=bad)
+    state, _ = start("rcm", tmp_path, config=dataclasses.replace(config, steps=10), data=again)
+    assert int(state.step) == 10 and int(state.student.updates) > 0
 
 
 def test_optimizer_states_of_the_host_and_checkpoints_beside_the_training_change_no_bit(uninterrupted, tmp_path):
