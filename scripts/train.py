@@ -1,21 +1,25 @@
 """Train: python scripts/train.py --config=digits.py --workdir=DIR [--config.key=value …]
 
 Pretrains a teacher in DIR/teacher if config.teacher names none, distils it into DIR, and writes DIR/report/ for data
-that can be shown as they are. Started again on the same DIR it goes on from the newest checkpoint.
+that can be shown as they are. Started again on the same DIR it goes on from the newest checkpoint. With --recipe=staged
+it trains by several methods, each from the student of the one before, in DIR/1_dcm, DIR/2_scm, DIR/3_rcm.
 
 On several hosts start the same command on each: with --distributed where SLURM, Kubernetes, a Cloud TPU or MPI say who
 is who, else with --coordinator=HOST:PORT --processes=N --process=I. DIR must be the same folder for all.
 """
 
 import common  # noqa: I001  (puts the checkout on the path)
+import pathlib
 import time
 
 import jax
 from absl import flags
 
+from configs import methods
 from rcm_jax.parallel import distributed
 from rcm_jax.run import pipeline
 from rcm_jax.train import trainer
+from rcm_jax.util.config import revise
 
 CONFIG = common.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics, samples and the report go.")
@@ -23,16 +27,22 @@ DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes,
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, reachable by all; PORT is free there.")
 PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
 PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
+HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat", distributed.HEARTBEAT, "Seconds of silence after which a process counts as dead.", lower_bound=1
+)
+RECIPE = flags.DEFINE_string("recipe", None, "Several methods, one after another: a name in configs/methods.RECIPES.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main():
     started = time.time()
     if DISTRIBUTED.value or any(flag.present for flag in (COORDINATOR, PROCESSES, PROCESS)):
-        distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
     say = print if distributed.first() else lambda *_: None
     try:
-        trained = pipeline.train(common.experiment(CONFIG), WORKDIR.value)
+        for stage, trained in train_all(say):
+            say(f"{stage}trained in {(time.time() - started) / 60:.1f} min: {trained.folder}")
+            report(trained, started, say)
     except trainer.Interrupted as stop:
         say(stop)
         raise SystemExit(130) from None  # not finished, as a shell says it
@@ -40,8 +50,20 @@ def main():
         if distributed.several():
             distributed.leave(error)
         raise
-    say(f"trained in {(time.time() - started) / 60:.1f} min: {WORKDIR.value}")
-    report(trained, started, say)
+
+
+def train_all(say):
+    """Yields (what to call it, what came of it) of the run or, one after another, of the stages of a recipe."""
+    run = common.experiment(CONFIG)
+    if not RECIPE.value:
+        yield "", pipeline.train(run, WORKDIR.value)
+        return
+    folder, start, teacher = pathlib.Path(WORKDIR.value), run.start, run.teacher
+    for name, stage in methods.stages(run, RECIPE.value).items():
+        say(f"{name}: {stage.rcm.name}, {stage.train.steps} iterations")
+        trained = pipeline.train(revise(stage, {"start": start, "teacher": teacher}), folder / name)
+        yield f"{name}: ", trained
+        start, teacher = str(trained.folder), str(trained.teacher_folder or "")
 
 
 def report(trained, started: float, say) -> None:

@@ -14,15 +14,22 @@ from jax.experimental import multihost_utils
 
 from rcm_jax.parallel.sharding import batch_sharding
 
-HEARTBEAT = 20  # seconds of silence after which a process counts as dead, and all others end
+HEARTBEAT = 120  # seconds of silence after which a process counts as dead; a host may stall so long in a save
+WORD = 8192  # bytes of a message, at most
 
 
-def initialize(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+def initialize(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    heartbeat: int = HEARTBEAT,
+) -> None:
     """Joins the other processes, before anything of JAX is used. Without arguments the environment of SLURM, Open MPI,
     Kubernetes, GKE or a Cloud TPU VM says where they are.
 
-    coordinator: host:port of process 0, free there; processes: how many; process: which this is. ValueError if some of
-    the three are missing, or the environment says nothing; RuntimeError if the others do not come.
+    coordinator: host:port of process 0, free there; processes: how many; process: which this is; heartbeat: seconds of
+    silence after which one counts as dead, and all others end. ValueError if some of the three are missing, or the
+    environment says nothing; RuntimeError if the others do not come.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     missing = [f"--{name}" for name, value in given.items() if value is None]
@@ -32,7 +39,7 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
         raise ValueError(f"--process={process} must be from 0 to {processes - 1}, as --processes={processes}")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT)
+        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=heartbeat)
     except ValueError as error:
         raise ValueError(f"no cluster is known by the environment ({error}): give --coordinator and the rest") from None
     if not first():
@@ -53,6 +60,16 @@ def wait(name: str) -> None:
     """Returns when all processes are here."""
     if several():
         multihost_utils.sync_global_devices(name)
+
+
+def told_by_first(word: str) -> str:
+    """What the first process says, in all of them; all must call it."""
+    if not several():
+        return word
+    text = word.encode()[:WORD]
+    buffer = np.zeros(WORD, np.uint8)
+    buffer[: len(text)] = np.frombuffer(text, np.uint8)
+    return bytes(multihost_utils.broadcast_one_to_all(buffer)).rstrip(b"\0").decode(errors="ignore")
 
 
 def local_rows(batch_size: int, mesh) -> np.ndarray:

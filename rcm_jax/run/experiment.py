@@ -107,6 +107,8 @@ class Experiment(Pretraining):
 
     pretrain: PretrainConfig | None = None
     teacher: str = ""  # workdir of a teacher; "": pretrain one first, if pretrain says how
+    start: str = ""  # workdir of a student, or of converted weights, to start from; "": the teacher
+    fake_start: str = ""  # workdir whose fake score, or averaged network, the fake score starts from; "": the teacher
     rcm: RcmConfig = RcmConfig()
     train: TrainConfig = TrainConfig()
     teacher_dtype: str = "float32"  # of the teacher's parameters in memory; those that are trained are float32
@@ -114,8 +116,8 @@ class Experiment(Pretraining):
     media: MediaConfig | None = None  # of data that are latents of images or videos
 
     @property
-    def has_start(self) -> bool:
-        """Whether the student starts from a trained network, not from random parameters."""
+    def has_teacher(self) -> bool:
+        """Whether there is a teacher network, from which the others start; else they start from random parameters."""
         return bool(self.teacher) or self.pretrain is not None or self.needs_teacher_network
 
     @property
@@ -132,11 +134,26 @@ class Experiment(Pretraining):
         super().__post_init__()
         if self.teacher_dtype not in DTYPES:
             raise ValueError(f"teacher_dtype {self.teacher_dtype!r} is none of {', '.join(DTYPES)}")
+        if self.fake_start and not self.rcm.fake_score:
+            raise ValueError(f"fake_start is {self.fake_start}, but rcm.fake_score is None: set it to ''")
+        self._check_phases()
         updates, student = student_updates(self.rcm, self.train.steps), self.rcm.student
         if 0 < student.decay_steps < updates and student.final_scale == 0:
             raise ValueError(
                 f"train.steps {self.train.steps} makes {updates} student updates, but the learning rate is 0 after "
                 f"rcm.student.decay_steps = {student.decay_steps}: raise decay_steps or final_scale"
+            )
+
+    def _check_phases(self):
+        """ValueError where training would end before a loss, or the whole of the tangent, has had its turn."""
+        rcm, steps = self.rcm, self.train.steps
+        needed, joins = rcm.warmup, "the tangent counts in full"
+        if rcm.has_both:
+            needed, joins = rcm.warmup + rcm.dmd.update_freq, f"{rcm.dmd.label} first updates the student"
+        if needed and steps <= needed:
+            raise ValueError(
+                f"train.steps {steps} is too short: with rcm.warmup {rcm.warmup} {joins} in iteration {needed}, the "
+                f"first being 0. Set train.steps above {needed}, or rcm.warmup lower, or choose a method without it"
             )
 
 

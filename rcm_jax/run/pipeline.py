@@ -13,6 +13,7 @@ from rcm_jax.run import previews, workdir
 from rcm_jax.run.experiment import Experiment
 from rcm_jax.run.program import Program, assemble
 from rcm_jax.train import checkpoint, trainer
+from rcm_jax.train.metrics import wandb_library
 from rcm_jax.train.state import Teacher, TrainState
 from rcm_jax.train.trainer import Training
 
@@ -47,19 +48,34 @@ def train(run: Experiment, folder) -> Trained:
             "teacher is empty, and this experiment has no pretraining: set config.teacher to the workdir of one "
             "(scripts/convert_checkpoint.py makes it from published weights)"
         )
+    if run.train.wandb or (run.pretrain and run.pretrain.train.wandb):
+        wandb_library()
     program = assemble(run, make_mesh(run.mesh), data.load(run.data))
     teacher_folder = params = None
     if run.teacher:  # read before anything is written
         teacher_folder = pathlib.Path(run.teacher)
         step = workdir.check_teacher(run)
         params = checkpoint.restore_item(teacher_folder, "ema", program.params, step)
+    starts = read_starts(program) if checkpoint.is_empty(folder) else {}
     workdir.claim(folder, run)
     if program.pretraining:
         teacher_folder = folder / "teacher"
         workdir.claim(teacher_folder, run.pretraining)
         params = pretrain(program, program.pretraining, teacher_folder).ema
-    state, teacher = distil(program, params, folder)
+    state, teacher = distil(program, params, folder, **starts)
     return Trained(program, teacher, teacher_folder, folder, state)
+
+
+def read_starts(program: Program) -> dict:
+    """{"student", "fake_score"}: the parameters that each starts from, where they are not the teacher's."""
+    run, starts = program.run, {}
+    for name, source in {"student": run.start, "fake_score": run.fake_start}.items():
+        if source:
+            step, there = workdir.check_start(source, run), workdir.read(source)
+            has_own = name == "fake_score" and isinstance(there, Experiment) and there.rcm.fake_score
+            item = "fake_score" if has_own else "ema"
+            starts[name], _ = checkpoint.restore_params(source, item, step, program.params)
+    return starts
 
 
 def on_host(trained: Trained) -> Trained:
@@ -77,13 +93,20 @@ def pretrain(program: Program, training: Training, folder) -> TrainState:
     return trainer.fit(training, state, program.teacher(None), stream, folder, shown)
 
 
-def distil(program: Program, params, folder) -> tuple[TrainState, Teacher]:
-    """Distil from given parameters, which it gives up, or (None) random ones; returns the last state and teacher."""
+def distil(program: Program, params, folder, student=None, fake_score=None) -> tuple[TrainState, Teacher]:
+    """Distil a teacher of given parameters, or (None) without one; returns the last state and teacher.
+
+    student, fake_score: what they start from; None: the teacher or, without one, random parameters. All are given up.
+    """
     run, training = program.run, program.distillation
-    if params is None:
+    start = params if student is None else student
+    if start is None:
         state = trainer.place(training, jax.random.key(run.seed), program.network.make_params)
     else:
-        state = trainer.place(training, params)
+        own = params if fake_score is None and run.rcm.fake_score else fake_score
+        state = trainer.place(training, start, fake_score=own)
+    jax.tree.map(lambda leaf: leaf.delete(), (student, fake_score))
+    if params is not None:
         params = as_dtype(params, run.teacher_dtype)
     teacher = program.teacher(params)
     stream = _stream(training, program.dataset, run.seed + 1)
@@ -93,8 +116,9 @@ def distil(program: Program, params, folder) -> tuple[TrainState, Teacher]:
 
 def _stream(training: Training, dataset: Dataset, seed: int):
     """The batches of a training, of which this process reads its rows."""
-    size = training.config.batch_size
-    return batches(dataset.train, size, seed, distributed.local_rows(size, training.mesh))
+    config = training.config
+    rows = distributed.local_rows(config.batch_size, training.mesh)
+    return batches(dataset.train, config.batch_size, seed, rows, config.leave_out)
 
 
 def as_dtype(params, dtype: str):

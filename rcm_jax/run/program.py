@@ -88,7 +88,7 @@ class Program(NamedTuple):
         uncond = jax.tree.map(lambda x: _abstract(np.shape(x), x.dtype, replicated(self.mesh)), self.dataset.uncond)
         rows, size = batch_sharding(self.mesh), self.run.train.batch_size
         batch = jax.tree.map(lambda x: _abstract((size, *x.shape[1:]), x.dtype, rows), self.dataset.first)
-        return Teacher(narrow if self.run.has_start else None, uncond), batch
+        return Teacher(narrow if self.run.has_teacher else None, uncond), batch
 
     def student_sampler(self, steps: int | None = None) -> Callable:
         """Of so many steps, by default of the most that there are times for."""

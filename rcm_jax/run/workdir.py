@@ -17,13 +17,17 @@ from rcm_jax.util.files import check_local, new_folder, write_text
 COMPUTED = ("mesh.data", "mesh.fsdp", "mesh.seq", "model.attention", "model.remat")  # the same numbers, otherwise
 SHOWN = ("sampling.", "media.")  # groups: how samples are drawn, not what is learned
 HABITS = ("log_every", "checkpoint_every", "sample_every", "keep", "wandb", "offload", "asynchronous")
+RESCUED = ("most_skips", "leave_out")  # what may save a run that diverges, and so may its
+PACE = ("learning_rate", "warmup_steps", "decay_steps", "final_scale")
+LEARNERS = ("rcm.student", "rcm.fake_score", "rcm.weighting", "pretrain.method.optimizer")
 MOVED_DATA = ("data.path",)  # that they are the same is the user's word
 MAY_CHANGE = (
     *COMPUTED,
     *SHOWN,
     *MOVED_DATA,
-    *(f"train.{key}" for key in ("steps", *HABITS)),
-    *(f"pretrain.train.{key}" for key in HABITS),
+    *(f"train.{key}" for key in ("steps", *HABITS, *RESCUED)),
+    *(f"pretrain.train.{key}" for key in (*HABITS, *RESCUED)),
+    *(f"{learner}.{key}" for learner in LEARNERS for key in PACE),
 )
 # What a teacher and its student must agree on, less how it is computed and where data lie.
 SHARED_WITH_TEACHER = ("data.", "model.", "parametrization", "time_scale")
@@ -41,9 +45,20 @@ OLD_PLACES = {
 def claim(folder, config: Predictor) -> None:
     """Write config.json into a workdir; ValueError if it is there, of another config in more than MAY_CHANGE.
 
-    All processes look; the first writes, and they go on when it has.
+    Of several processes the first alone looks and decides, and all hear its verdict.
     """
-    folder = pathlib.Path(folder)
+    refusal = None
+    if distributed.first():
+        try:
+            _claim(pathlib.Path(folder), config)
+        except (ValueError, OSError) as error:
+            refusal = error
+    if word := distributed.told_by_first(str(refusal or "")):
+        raise refusal or ValueError(word)
+
+
+def _claim(folder: pathlib.Path, config: Predictor) -> None:
+    """As one process."""
     check_local(folder)
     path = folder / "config.json"
     if path.exists():
@@ -54,13 +69,11 @@ def claim(folder, config: Predictor) -> None:
             shown = "; ".join(differing[:5])
             raise ValueError(f"workdir {folder} belongs to another config: {shown}{more}. Choose another --workdir.")
         if there == config:
-            return distributed.wait("workdir")
+            return
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"workdir {folder} is not empty and has no config.json: choose a new or empty --workdir")
-    if distributed.first():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, as_json(config))
-    distributed.wait("workdir")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, as_json(config))
 
 
 def read(folder) -> Predictor:
@@ -126,12 +139,22 @@ def check_same(folder, there: Predictor, here, keys=SHARED_WITH_TEACHER) -> None
 
 def check_teacher(run: Experiment) -> int:
     """The step of the finished teacher; ValueError unless run.teacher is a teacher's workdir that fits."""
-    there = read(run.teacher)
-    if isinstance(there, Experiment):
+    if isinstance(read(run.teacher), Experiment):
         raise ValueError(f"{run.teacher} holds a distilled student; its own teacher may be in {run.teacher}/teacher")
-    trained = isinstance(there, Pretraining)  # converted weights say nothing of data
-    check_same(run.teacher, there, run, SHARED_WITH_TEACHER if trained else SHARED_WITH_TEACHER[1:])
-    return there.pretrain.train.steps if trained else 0
+    return check_start(run.teacher, run)
+
+
+def check_start(folder, run: Experiment) -> int:
+    """The last step of what a workdir holds, a student, a teacher or converted weights; ValueError if it does not fit.
+
+    That the step is there is seen when it is read.
+    """
+    there = read(folder)
+    if isinstance(there, Pretraining):
+        check_same(folder, there, run)
+        return there.train.steps if isinstance(there, Experiment) else there.pretrain.train.steps
+    check_same(folder, there, run, SHARED_WITH_TEACHER[1:])  # converted weights say nothing of data
+    return 0
 
 
 def write_converted(folder, config: Predictor, params) -> None:

@@ -45,6 +45,14 @@ def restore(manager: ocp.CheckpointManager, abstract: TrainState, data) -> Train
     return abstract.replace(step=count, **{name: restored[name] for name in items})
 
 
+def is_empty(workdir) -> bool:
+    """Whether a workdir has no checkpoint yet."""
+    if not (pathlib.Path(workdir) / "checkpoints").is_dir():
+        return True
+    with open_manager(workdir) as manager:
+        return manager.latest_step() is None
+
+
 def restore_item(workdir, name: str, abstract, step: int | None = None):
     """One field of the newest (or the given) checkpoint of a workdir, e.g. "ema"; ValueError if there is none."""
     with _manager_of(workdir, step) as (manager, step):
@@ -79,9 +87,10 @@ def params_of(workdir, name: str, step: int | None = None):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cpu), tree), step
 
 
-def restore_params(workdir, name: str, step: int | None = None):
-    """What `params_of` tells of, in the memory of the CPU."""
-    abstract, step = params_of(workdir, name, step)
+def restore_params(workdir, name: str, step: int | None = None, abstract=None):
+    """(what `params_of` tells of, step), placed and in dtypes as `abstract` says, or in the memory of the CPU."""
+    there, step = params_of(workdir, name, step)
+    abstract = there if abstract is None else abstract
     abstract = abstract if name == "ema" else {"params": abstract}
     folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step)
     restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)

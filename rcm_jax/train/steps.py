@@ -6,6 +6,7 @@ on its own: a lax.cond would hold the buffers of all of them. batch = {"x0": [b,
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -34,7 +35,8 @@ from rcm_jax.train.state import Teacher, TrainState, make_learner
 
 
 class Method(NamedTuple):
-    """What the trainer runs: init(params) -> TrainState, phase(step) -> name (on the host), steps[name].
+    """What the trainer runs: init(params, fake_score's or None) -> TrainState, phase(step) -> name (on the host),
+    steps[name].
 
     probe(state, teacher, batch, key) -> metrics, if there is one, looks at the state now and then.
     """
@@ -165,10 +167,14 @@ def student_updates(config: RcmConfig, steps):
     return steps - after + (-(-after // config.dmd.update_freq) if config.dmd else after)
 
 
-def _init(optimizers: dict, params) -> TrainState:
-    """Every network starts from the same parameters; each leaf is a buffer of its own, so that all can be donated."""
+def _init(optimizers: dict, params, fake_score=None) -> TrainState:
+    """Every network starts from the same parameters, the fake score from its own if there are any.
+
+    Each leaf is a buffer of its own, so that all can be donated.
+    """
     copy = partial(jax.tree.map, jnp.copy)
-    start = {"student": params, "fake_score": params, "weighting": weighting.init()}
+    fake_score = params if fake_score is None else fake_score
+    start = {"student": params, "fake_score": fake_score, "weighting": weighting.init()}
     learners = {name: make_learner(copy(start[name]), optimizer) for name, optimizer in optimizers.items()}
     return TrainState(step=jnp.zeros((), jnp.int32), ema=copy(params), **learners)
 
@@ -176,6 +182,11 @@ def _init(optimizers: dict, params) -> TrainState:
 def divided(batch, parts: int):
     """[b, ...] -> [parts, b/parts, ...]: rows i, i + parts, … are one part, so that every device keeps its own rows."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+
+
+def joined(values):
+    """[parts, b/parts] -> [b]: the inverse of `divided`."""
+    return jnp.moveaxis(values, 0, 1).reshape(-1)
 
 
 def accumulated_grad(loss: Callable, params, batch, key, parts: int):
@@ -193,8 +204,10 @@ def accumulated_grad(loss: Callable, params, batch, key, parts: int):
 
     start = jax.tree.map(jnp.zeros_like, params)
     total, metrics = jax.lax.scan(add, start, (divided(batch, parts), jnp.arange(parts)))
-    pairs = {name: jax.tree.map(partial(jnp.sum, axis=0), v) for name, v in metrics.items() if isinstance(v, tuple)}
-    return total, metrics | pairs
+    return total, {
+        name: jax.tree.map(partial(jnp.sum, axis=0), value) if isinstance(value, tuple) else joined(value)
+        for name, value in metrics.items()
+    }
 
 
 def student_step(setup: Setup, objectives: dict[str, Objective], state: TrainState, teacher: Teacher, batch, key):
@@ -263,5 +276,10 @@ def probe_step(setup: Setup, objective: ScmConfig, state: TrainState, teacher: T
 
 
 def _means(metrics):
-    """Means over the batch; pairs (sum, count) stay, for the mean over several steps."""
-    return {name: value if isinstance(value, tuple) else jnp.mean(value) for name, value in metrics.items()}
+    """Means over the batch; pairs (sum, count) stay, for the mean over several steps.
+
+    "nonfinite" [b] says which samples were left out of some loss: they are known by their place in the batch.
+    """
+    left_out = [value for name, value in metrics.items() if name.endswith("/nonfinite")]
+    named = {"nonfinite": functools.reduce(jnp.maximum, left_out)} if left_out else {}
+    return named | {name: value if isinstance(value, tuple) else jnp.mean(value) for name, value in metrics.items()}

@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from rcm_jax.parallel import distributed
-from rcm_jax.parallel.sharding import check_batch, has_host_memory, in_host_memory, state_sharding
+from rcm_jax.parallel.sharding import check_batch, has_host_memory, in_host_memory, replicated, state_sharding
 from rcm_jax.train import checkpoint
-from rcm_jax.train.metrics import Mean, MetricsWriter
+from rcm_jax.train.guard import Guard
+from rcm_jax.train.metrics import MetricsWriter, Window
 from rcm_jax.train.state import Learner, Teacher, TrainState
 from rcm_jax.train.steps import Method
 
@@ -36,9 +37,12 @@ class TrainConfig:
     accumulate: int = 1  # parts of a batch, one after another: as many times less memory for activations
     offload: bool = False  # optimizer states lie in the memory of the hosts
     asynchronous: bool = False  # checkpoints are written while training goes on
+    most_skips: int = 10  # so many updates of a network in a row whose gradients are not finite, and training stops
+    leave_out: tuple[int, ...] = ()  # examples, by their index in the data: each gives its turn to the next one
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "keep", "accumulate"):
+        counts = ("steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "keep", "accumulate")
+        for name in (*counts, "most_skips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -85,10 +89,16 @@ def make_training(label: str, config: TrainConfig, mesh, method: Method, boxed, 
     return Training(label, config, mesh, method, state, compile_steps(method, shardings, key))
 
 
-def place(training: Training, source, make_params=lambda params: params) -> TrainState:
-    """The first state, of make_params(source), made in place: every leaf on its own devices at once."""
-    init = jax.jit(lambda source: training.method.init(make_params(source)), out_shardings=training.shardings)
-    return init(source)
+def place(training: Training, source, make_params=lambda params: params, fake_score=None) -> TrainState:
+    """The first state, of make_params(source), made in place: every leaf on its own devices at once.
+
+    fake_score: the parameters that it starts from, if they are others.
+    """
+
+    def init(source, fake_score):
+        return training.method.init(make_params(source), fake_score)
+
+    return jax.jit(init, out_shardings=training.shardings)(source, fake_score)
 
 
 def shardings_of(abstract_state: TrainState, mesh, offload: bool = False) -> TrainState:
@@ -110,30 +120,32 @@ def fit(training: Training, state: TrainState, teacher: Teacher, data, workdir, 
 
     state is donated. data is an iterator with get_state/set_state (rcm_jax.data.dataset.batches), of the local rows.
     on_sample(state, step), if given, is called every sample_every steps and at the end.
-    Raises Interrupted, after saving, if a signal asks to stop.
+    Raises Interrupted, after saving, if a signal asks to stop; ValueError when nothing is learned any more (Guard).
     """
     config, compiled = training.config, training.steps
     with checkpoint.open_manager(workdir, config.keep, config.asynchronous) as manager, _stop_requested() as stop:
         if manager.latest_step() is not None:
             jax.tree.map(lambda leaf: leaf.delete(), state)  # two states of 14B parameters need not fit
             state = checkpoint.restore(manager, training.state, data)
-        step, mean = int(state.step), Mean()
+        step, window, guard = int(state.step), Window(), Guard(config.most_skips)
         with _written(workdir, step, config.wandb) as write, _bar(training.label, step, config) as bar:
             while step < config.steps:
-                batch = distributed.global_batch(next(data), config.batch_size, training.mesh)
+                rows = next(data)
+                index = rows.pop("index")
+                batch = distributed.global_batch(rows, config.batch_size, training.mesh)
                 state, metrics = compiled[training.method.phase(step)](state, teacher, batch)
                 step += 1
-                mean.add(metrics)
+                window.add(metrics, index)
                 bar.update()
                 stopping = stop(step)
                 last = stopping or step == config.steps
                 if "probe" in compiled and step % config.sample_every == 0:
-                    mean.add(compiled["probe"](state, teacher, batch), steps=0)
+                    window.add(compiled["probe"](state, teacher, batch))
                 if last or step % config.log_every == 0:
-                    count, values = mean.steps, mean.read()
-                    write(step, values)
-                    bar.set_postfix(_shown(values), refresh=False)
-                    _check_updates(values, step, count)
+                    reading = window.read()
+                    write(step, reading.values)
+                    bar.set_postfix(_shown(reading.values), refresh=False)
+                    guard.follow(step, reading)
                 if last or step % config.checkpoint_every == 0:
                     checkpoint.save(manager, state, data)
                 if on_sample and (last or step % config.sample_every == 0):
@@ -162,16 +174,6 @@ def _written(workdir, step, wandb):
         yield writer.write
 
 
-def _check_updates(values: dict, step: int, count: int) -> None:
-    """ValueError if no update of some network was applied in the `count` steps that values are means of, 10 or more."""
-    dead = [name.split("/")[0] for name, value in values.items() if name.endswith("/skipped") and value == 1.0]
-    if dead and count >= 10:
-        raise ValueError(
-            f"the gradient of {dead[0]} was not finite in any update of the {count} steps to {step}: training has "
-            "diverged. The last checkpoint is whole; lower the learning rate, or look at metrics.jsonl for the cause."
-        )
-
-
 def compile_steps(method: Method, shardings, key) -> dict[str, Callable]:
     """Each phase, jitted: (state, teacher, batch) -> (state, metrics). The state is donated; keys follow its step.
 
@@ -187,7 +189,8 @@ def compile_steps(method: Method, shardings, key) -> dict[str, Callable]:
 
         return jax.jit(run, **options)
 
-    moves = dict(donate_argnums=0, out_shardings=(shardings, None))
+    # Metrics are whole everywhere: every process reads them.
+    moves = dict(donate_argnums=0, out_shardings=(shardings, replicated(shardings.step.mesh)))
     steps = {name: compiled(step_fn, **moves) for name, step_fn in method.steps.items()}
     return steps | ({"probe": compiled(method.probe)} if method.probe else {})
 

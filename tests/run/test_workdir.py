@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from configs import digits, mixture, wan_1_3b
+from configs import digits, methods, mixture, wan_1_3b
+from rcm_jax.parallel import distributed
 from rcm_jax.run import workdir
 from rcm_jax.run.experiment import Predictor
 from rcm_jax.util.config import flatten, revise, to_mapping
 
 RUN = digits.EXPERIMENT
+ADAPTIVE = methods.rcm_adaptive(RUN)
 WAN = wan_1_3b.tiny(wan_1_3b.EXPERIMENT)
 
 
@@ -27,6 +29,18 @@ def test_a_new_workdir_is_claimed_by_its_config_and_belongs_to_it(tmp_path, conf
     assert set(contents(folder)) == {"config.json"}
     workdir.claim(folder, config)
     assert workdir.read(folder) == config
+
+
+def test_of_several_processes_the_first_decides_and_the_others_hear_it(tmp_path, monkeypatch):
+    """The others may see the folder while the first is making it."""
+    (tmp_path / ".config.json.123").touch()
+    monkeypatch.setattr(distributed, "first", lambda: False)
+    monkeypatch.setattr(distributed, "told_by_first", lambda word: "")
+    workdir.claim(tmp_path, RUN)
+    monkeypatch.setattr(distributed, "told_by_first", lambda word: "workdir x belongs to another config")
+    with pytest.raises(ValueError, match="workdir x belongs to another config"):
+        workdir.claim(tmp_path, RUN)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_an_empty_folder_can_be_claimed(tmp_path):
@@ -53,8 +67,13 @@ def test_keys_that_one_config_lacks_are_a_difference_and_many_are_counted_not_li
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("train.steps", 77),
+        ("train.steps", 4399),
         ("train.log_every", 77),
+        ("train.most_skips", 77),
+        ("train.leave_out", (3, 17)),
+        ("rcm.student.learning_rate", 1e-7),
+        ("rcm.fake_score.warmup_steps", 77),
+        ("pretrain.method.optimizer.learning_rate", 1e-7),
         ("train.asynchronous", True),
         ("mesh.fsdp", 4),
         ("model.remat", "none"),
@@ -77,7 +96,7 @@ def test_media_may_come_later(tmp_path):
 
 
 def test_every_key_that_may_change_is_one_that_there_is():
-    known = {key.removeprefix("config.") for run in (RUN, WAN) for key in flatten(to_mapping(run))}
+    known = {key.removeprefix("config.") for run in (RUN, ADAPTIVE, WAN) for key in flatten(to_mapping(run))}
     for listed in (*workdir.MAY_CHANGE, *workdir.SHARED_WITH_TEACHER, *workdir.NOT_SHARED):
         assert any(key == listed or (listed[-1] == "." and key.startswith(listed)) for key in known), listed
 
