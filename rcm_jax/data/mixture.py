@@ -88,7 +88,8 @@ def velocity(mixture: Mixture, x: Float[Array, "b 2"], t: Float[Array, " b"], la
     shares = jax.nn.softmax(jnp.where(_of_class(mixture, label), log_shares, -jnp.inf))
     slopes = shares * (c * s * (1 - variances) / v)
     linear = jnp.stack([jnp.sum(slopes * offset, axis=1) for offset in offsets], axis=1)
-    return (linear - s * (shares @ means)).astype(x.dtype)
+    mean = jnp.matmul(shares, means, precision=jax.lax.Precision.HIGHEST)
+    return (linear - s * mean).astype(x.dtype)
 
 
 def sample(mixture: Mixture, rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ Here w(t) − ln D is linear in cosines and sines of the time, as in EDM2 (arXiv
 where the loss ‖·‖²·e^w/D is the plain one, whatever the dimension D.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,7 +22,7 @@ def log_weight(params, t: Times, size: int) -> Times:
     """w [b] at times t [b], for D = size numbers in a sample."""
     angles = t[:, None] * FREQUENCIES
     features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-    return np.log(size) + features @ params["kernel"] + params["bias"]
+    return np.log(size) + jnp.matmul(features, params["kernel"], precision=jax.lax.Precision.HIGHEST) + params["bias"]
 
 
 def adaptive(loss: Times, log_weight: Times, size: int) -> Times:

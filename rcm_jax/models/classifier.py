@@ -1,8 +1,12 @@
 """A small convolutional classifier: judge and feature extractor for small images."""
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from rcm_jax.models.product import precision_of
 
 
 class ClassifierNet(nn.Module):
@@ -20,8 +24,9 @@ class ClassifierNet(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b num_classes"], Float[Array, "b features"]]:
         x = x.astype(jnp.float32)
-        x = nn.gelu(nn.Conv(self.width, (3, 3), name="conv_0")(x))
-        x = nn.gelu(nn.Conv(2 * self.width, (3, 3), strides=(2, 2), name="conv_1")(x))
-        x = nn.gelu(nn.Conv(2 * self.width, (3, 3), name="conv_2")(x))
-        features = nn.Dense(self.features, name="features")(x.reshape(x.shape[0], -1))
-        return nn.Dense(self.num_classes, name="logits")(nn.gelu(features)), features
+        conv, dense = (functools.partial(layer, precision=precision_of(x.dtype)) for layer in (nn.Conv, nn.Dense))
+        x = nn.gelu(conv(self.width, (3, 3), name="conv_0")(x))
+        x = nn.gelu(conv(2 * self.width, (3, 3), strides=(2, 2), name="conv_1")(x))
+        x = nn.gelu(conv(2 * self.width, (3, 3), name="conv_2")(x))
+        features = dense(self.features, name="features")(x.reshape(x.shape[0], -1))
+        return dense(self.num_classes, name="logits")(nn.gelu(features)), features

@@ -7,9 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from rcm_jax.kernels.attention import choices, flash_attention  # pyright: ignore[reportMissingImports]
+from rcm_jax.models.product import product
 from rcm_jax.parallel.sharding import RULES, activation_spec, check_sequence, current_mesh
 
 Embedding = Float[Array, "b c"]
@@ -21,6 +23,8 @@ REMAT_POLICIES = {
     "none": None,  # keep everything: fastest, for small networks
     "full": jax.checkpoint_policies.nothing_saveable,
     "save_attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
+    # As the official 14B config has it: products of matrices are kept, what is cheap is computed again.
+    "save_products": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse", "product"),
 }
 
 
@@ -71,17 +75,27 @@ def with_axes(init: Callable, *axes: str) -> Callable[..., Array]:
     return nn.with_logical_partitioning(init, axes)  # pyright: ignore[reportReturnType]
 
 
-def dense(features, name, *, dtype, axes=("embed", "features"), init=None, use_bias=True):
-    """nn.Dense with logical axes on its parameters; init defaults to Glorot uniform."""
-    init = init or nn.initializers.xavier_uniform()
-    return nn.Dense(
-        features,
-        dtype=dtype,
-        name=name,
-        use_bias=use_bias,
-        kernel_init=with_axes(init, *axes),
-        bias_init=with_axes(nn.initializers.zeros, "vector"),
-    )
+class Dense(nn.Module):
+    """x·kernel + bias of the last axis, of operands in `dtype`, summed in float32 at least; returns `dtype`."""
+
+    features: int
+    dtype: str
+    axes: tuple[str, str]  # logical axes of the kernel
+    kernel_init: Callable
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... features"]:
+        kernel = self.param("kernel", with_axes(self.kernel_init, *self.axes), (x.shape[-1], self.features))
+        y = product(x, kernel, self.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", with_axes(nn.initializers.zeros, "vector"), (self.features,)).astype(y.dtype)
+        return checkpoint_name(y.astype(self.dtype), "product")
+
+
+def dense(features, name, *, dtype, axes=("embed", "features"), init=None, use_bias=True) -> Dense:
+    """A dense layer with logical axes on its parameters; init defaults to Glorot uniform."""
+    return Dense(features, dtype, axes, init or nn.initializers.xavier_uniform(), use_bias, name=name)
 
 
 def sinusoids(t: Float[Array, " b"], frequencies: Float[Array | np.ndarray, " f"]) -> Float[Array, "b 2*f"]:

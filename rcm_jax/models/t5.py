@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rcm_jax.models.layers import Config, RMSNorm, Tokens, check_config, dense, stack, with_axes
+from rcm_jax.models.product import precision_of
 from rcm_jax.models.records import TextEncoder
 
 
@@ -115,9 +116,13 @@ class Attention(nn.Module):
             y = dense(c.dim, name, dtype=c.dtype, use_bias=False)(x_blc)
             return y.reshape(*x_blc.shape[:2], c.num_heads, c.d_kv)
 
-        scores = jnp.einsum("bind,bjnd->bnij", project("q"), project("k"), preferred_element_type=c.wide)
+        precision = precision_of(c.dtype)
+        scores = jnp.einsum(
+            "bind,bjnd->bnij", project("q"), project("k"), precision=precision, preferred_element_type=c.wide
+        )
         weights = nn.softmax(scores + bias).astype(c.dtype)  # T5 does not scale the scores
-        o = jnp.einsum("bnij,bjnd->bind", weights, project("v")).reshape(*x_blc.shape[:2], c.dim)
+        o = jnp.einsum("bnij,bjnd->bind", weights, project("v"), precision=precision)
+        o = o.reshape(*x_blc.shape[:2], c.dim)
         return dense(c.d_model, "out", dtype=c.dtype, axes=("features", "embed"), use_bias=False)(o)
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from rcm_jax.kernels.attention import flash_attention  # pyright: ignore[reportMissingImports]
 from rcm_jax.models.layers import Config, at_least_float32, check_config, with_axes
+from rcm_jax.models.product import precision_of
 from rcm_jax.models.records import Autoencoder
 
 # Of the latents of the published weights, by channel: x0 = (mu − mean)/std has unit variance.
@@ -97,6 +98,7 @@ def conv(features: int, window, name: str, dtype, *, strides: int | tuple = 1, p
         strides=strides,
         padding=padding,
         dtype=dtype,
+        precision=precision_of(dtype),
         name=name,
         kernel_init=with_axes(nn.initializers.lecun_normal(), *axes),
         bias_init=with_axes(nn.initializers.zeros, "vector"),
