@@ -45,7 +45,10 @@ Spec = dict[str, tuple[np.dtype, tuple[int, ...]]]  # name -> dtype, shape
 
 @dataclasses.dataclass(frozen=True)
 class LatentsConfig:
-    """A folder as `write` makes it, and the shape of x0 without the batch axis: [t, h, w, c]."""
+    """A folder as `write` makes it, and the shape of x0 without the batch axis: [t, h, w, c].
+
+    Of examples with more frames the first t are taken, as the official runs do, of x0 and of conditions on its frames.
+    """
 
     path: str = ""
     shape: tuple[int, ...] = ()
@@ -58,19 +61,23 @@ class LatentsConfig:
 def load(config: LatentsConfig) -> Dataset:
     """The examples as a random-access source, all for training: x0 float32, conditions in their stored dtypes.
 
-    ValueError if there is no folder, it is not whole, or its first record does not fit config.shape or
-    uncond.safetensors.
+    ValueError if there is no folder, it is not whole, or its first record does not fit uncond.safetensors, or
+    config.shape in more than having more frames.
     """
     if not config.path:
         raise ValueError("config.data.path is empty: it must name a folder of latents")
     folder = pathlib.Path(config.path)
-    examples = Latents(_shard_paths(folder))
+    examples = Latents(_shard_paths(folder), config.shape[0])
     if (shape := examples.spec["x0"][1]) != config.shape:
-        raise ValueError(f"{folder}: x0 is {list(shape)} there, but the config's shape is {list(config.shape)}")
+        raise ValueError(
+            f"{folder}: x0 is {list(shape)} there, but the config's shape is {list(config.shape)}; only frames, the "
+            "first number, may be more there"
+        )
     path = folder / UNCOND
     if not path.exists():
         raise ValueError(f"{folder} has no {UNCOND}: the condition of guidance, with the names of the conditions")
     uncond = _decode(path.read_bytes(), path)
+    uncond = examples.cut(uncond)
     _check_uncond(uncond, examples.spec, path)
     return Dataset(train=examples, test=None, uncond=uncond, num_classes=None, view="video")
 
@@ -78,10 +85,10 @@ def load(config: LatentsConfig) -> Dataset:
 class Latents:
     """Random access to the records of shards: examples[rows [b]] is {"x0": float32 [b, ...], "cond": {name: [b, ...]}}.
 
-    Safe to read from several threads. Opening reads the first record; `spec` is what it holds.
+    Safe to read from several threads. Opening reads the first record: it is `stored`, and `spec` when cut to `frames`.
     """
 
-    def __init__(self, paths: list[pathlib.Path]):
+    def __init__(self, paths: list[pathlib.Path], frames: int | None = None):
         self.paths = paths
         with futures.ThreadPoolExecutor(16) as pool:
             self.shards = list(pool.map(_open, paths))
@@ -89,8 +96,9 @@ class Latents:
         if not len(self):
             raise ValueError(f"{paths[0].parent} holds no example: its {len(paths)} files are empty")
         tensors, where = self._read(0)
-        self.spec = _spec(tensors)
-        _check_x0(self.spec, where)
+        self.stored, self.frames = _spec(tensors), frames
+        _check_x0(self.stored, where)
+        self.spec = _spec(self.cut(tensors))
 
     def __len__(self):
         return self.ends[-1]
@@ -102,11 +110,19 @@ class Latents:
         }
         for i, row in enumerate(rows):
             tensors, where = self._read(int(row))
-            if (spec := _spec(tensors)) != self.spec:
-                raise ValueError(f"{where} holds {_show(spec)}; the first record holds {_show(self.spec)}")
-            for name, tensor in tensors.items():
+            if (spec := _spec(tensors)) != self.stored:
+                raise ValueError(f"{where} holds {_show(spec)}; the first record holds {_show(self.stored)}")
+            for name, tensor in self.cut(tensors).items():
                 batch[name][i] = tensor
         return {"x0": batch.pop("x0"), "cond": batch}
+
+    def cut(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Tensors with the first frames of those that lie, as x0, on all of [t, h, w]; the others as they are."""
+        places = self.stored["x0"][1][:-1]
+        return {
+            name: array[: self.frames] if len(places) == 3 and array.shape[:3] == places else array
+            for name, array in tensors.items()
+        }
 
     def _read(self, row: int) -> tuple[dict[str, np.ndarray], str]:
         """The tensors of one example, and what to call it in errors."""

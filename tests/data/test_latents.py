@@ -106,6 +106,24 @@ def test_an_empty_folder_is_filled_and_arrays_of_any_layout_are_stored_right(tmp
     np.testing.assert_array_equal(batch["cond"]["text"][0], turned["text"])
 
 
+def test_more_frames_than_the_config_has_are_cut_off_and_so_are_those_of_conditions_on_frames(tmp_path):
+    rng = np.random.default_rng(0)
+    shape, text = (5, 4, 6, 3), np.ones((4, 3), np.float32)
+    long = [{"x0": rng.normal(size=shape).astype(np.float32), "text": text} for _ in range(3)]
+    long = [example | {"y": np.repeat(example["x0"], 2, -1)} for example in long]
+    write(tmp_path / "set", long, {"text": 0 * text, "y": 0 * long[0]["y"]})
+    short = LatentsConfig(str(tmp_path / "set"), (2, *shape[1:]))
+    dataset = data.load(short)
+    batch = dataset.train[np.arange(3)]
+    np.testing.assert_array_equal(batch["x0"], [example["x0"][:2] for example in long])
+    np.testing.assert_array_equal(batch["cond"]["y"], [example["y"][:2] for example in long])
+    assert batch["cond"]["text"].shape == (3, 4, 3) and dataset.uncond["y"].shape == (2, 4, 6, 6)
+    assert dataset.sample_shape == (2, 4, 6, 3)
+    for wrong in ((6, 4, 6, 3), (2, 3, 6, 3)):
+        with pytest.raises(ValueError, match=r"only frames, the first number, may be more there"):
+            data.load(LatentsConfig(str(tmp_path / "set"), wrong))
+
+
 def test_every_epoch_is_a_new_permutation_over_all_shards(tmp_path):
     stream = batches(load(written(tmp_path / "set")).train, 4, seed=0)
     seen = list(itertools.chain(*rows(stream, 10)))  # four epochs of ten

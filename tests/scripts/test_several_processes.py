@@ -2,6 +2,8 @@
 
 import contextlib
 import socket
+import subprocess
+import sys
 import time
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 
 from rcm_jax.train import checkpoint
 from rcm_jax.train.metrics import read_metrics
-from tests.scripts.conftest import TINY, assert_refused, finish
+from tests.scripts.conftest import ROOT, TINY, assert_refused, finish
 
 
 def free_port() -> int:
@@ -21,7 +23,7 @@ def free_port() -> int:
 
 def start_all(start_script, processes, workdir, *flags, devices=1):
     """The processes of one run, on a tiny distillation of the digits, with checkpoints as the real runs write them."""
-    cluster = [f"--coordinator=127.0.0.1:{free_port()}", f"--processes={processes}"]
+    cluster = [f"--coordinator=127.0.0.1:{free_port()}", f"--processes={processes}", "--heartbeat=20"]
     arguments = [f"--workdir={workdir}", *TINY, "--config.train.asynchronous=True", *flags, *cluster]
     options = dict(devices=devices, small=True)
     return [start_script("train", *arguments, f"--process={i}", **options) for i in range(processes)]
@@ -107,3 +109,39 @@ def test_all_save_and_stop_when_one_is_asked_to(trained, start_script, tmp_path)
     assert [end.returncode for end in ends] == [130, 130], ends[0].stderr
     last = read_metrics(tmp_path / "run")[-1]["step"]
     assert f"stopped at step {last}" in ends[0].stdout and (tmp_path / f"run/checkpoints/{last}").exists()
+
+
+# Many first starts of processes that have met already: what races is the claim of a new workdir.
+CLAIM = """
+import sys
+from rcm_jax.parallel import distributed
+distributed.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+from configs import digits
+from rcm_jax.run import workdir
+from rcm_jax.util.config import revise
+refused = 0
+for i in range(int(sys.argv[5])):
+    try:
+        workdir.claim(f"{sys.argv[4]}/{i}", digits.EXPERIMENT)
+    except ValueError as error:
+        refused += 1
+try:  # of another config: all hear it
+    workdir.claim(f"{sys.argv[4]}/0", revise(digits.EXPERIMENT, {"seed": 1}))
+except ValueError as error:
+    print(refused, "seed is 0 there, 1 here" in str(error))
+"""
+
+
+def claim_together(folder, processes: int, starts: int) -> list[str]:
+    """What each process prints: how often it was refused, and whether it heard of the refusal at the end."""
+    command = [sys.executable, "-c", CLAIM, f"127.0.0.1:{free_port()}", str(processes)]
+    options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = [subprocess.Popen([*command, str(i), str(folder), str(starts)], **options) for i in range(processes)]
+    ends = [process.communicate(timeout=500) for process in running]
+    assert all(process.returncode == 0 for process in running), ends
+    return [out.splitlines()[-1] for out, _ in ends]  # what speaks before it is the library
+
+
+@pytest.mark.slow
+def test_a_thousand_first_starts_of_four_processes_without_a_refusal(tmp_path):
+    assert claim_together(tmp_path, 4, 1000) == ["0 True"] * 4
