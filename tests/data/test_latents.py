@@ -274,7 +274,8 @@ def test_a_set_without_examples_is_refused(tmp_path):
 
 def test_data_of_another_shape_than_the_config_are_refused(tmp_path):
     folder = written(tmp_path / "set")
-    message = f"{folder}: x0 is [2, 3, 4, 5] there, but the config's shape is [2, 3, 4, 6]"
+    message = f"{folder}: x0 is [2, 3, 4, 5] there, but the config's shape is [2, 3, 4, 6]; only frames, the first "
+    message += "number, may be more there"
     refused(message, load, folder, (2, 3, 4, 6))
 
 
