@@ -1,6 +1,5 @@
 """Accelerators, and topologies of them that are not here: devices to compile for, without one to run on."""
 
-import importlib.util
 import math
 import pathlib
 import re
@@ -11,6 +10,7 @@ import jax
 from jax.experimental import topologies
 
 from rcm_jax.plan.hlo import Collective
+from rcm_jax.util.extras import installed
 
 
 class Chip(NamedTuple):
@@ -60,13 +60,13 @@ def devices(topology: str) -> tuple[Chip, Sequence]:
 
 
 def _tpus(chip, topology, sizes):
-    if importlib.util.find_spec("libtpu") is None:
+    if not installed("libtpu"):
         raise ValueError(f"compiling for {topology} needs libtpu, no TPU: {TPU_HELP}")
     return _describe(topology, "tpu", topology_name=topology)
 
 
 def _gpus(chip, topology, sizes):
-    if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+    if not installed("jax_plugins.xla_cuda12"):
         raise ValueError(f"compiling for {topology} needs JAX's CUDA plugin, no GPU: {GPU_HELP}")
     if not re.fullmatch(rf"\d+x[1-{chip.host}]", sizes):
         raise ValueError(f"topology {topology!r} must be hosts × GPUs, 1 to {chip.host} of each, such as h100:8x8")

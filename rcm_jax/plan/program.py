@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib.util
 import math
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from rcm_jax.plan.chips import Chip
 from rcm_jax.run.experiment import Experiment
 from rcm_jax.run.program import Program, assemble, make_network, zeros
 from rcm_jax.util.config import revise
+from rcm_jax.util.extras import installed
 
 # Without a GPU nothing measures which of XLA's own products is fastest, and its default tiles fail at some shapes: the
 # library's are taken.
@@ -133,7 +133,7 @@ def _obstacle(run: Experiment, name: str, mesh, dataset) -> str:
     """Why a program with these attention kernels cannot be compiled for the mesh; "" if it can."""
     if name not in KERNELS.values():
         return ""
-    if name == "triton" and importlib.util.find_spec("jax_triton") is None:
+    if name == "triton" and not installed("jax_triton"):
         return f"jax-triton is not installed ({triton.INSTALL})"
     one, rows = dataset.first, run.train.batch_size
     network = make_network(_with(run, name), one)
