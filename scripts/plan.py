@@ -11,9 +11,10 @@ GPUs of each) JAX's CUDA plugin, without the CUDA libraries that it would bring.
     pip install --no-deps jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION
 
 Lines marked "compiled" are facts of the compiled program; "estimate" is a roofline: what runs may be slower, and by
-much. --sweep compiles every mesh and remat policy that divides, minutes for each, and ranks them. Several topologies
-make a table, a line for each, and --out draws it. A student step for TPUs compiles for minutes; --optimization=O0 is
-several times quicker, and its memory and schedule may differ.
+much. What does not fit is compiled again with cheaper and dearer changes until one does, and its flags are named;
+Ctrl-C ends that. --sweep compiles every mesh and remat policy that divides, minutes for each, and ranks them. Several
+topologies make a table, a line for each, and --out draws it. A student step for TPUs compiles for minutes;
+--optimization=O0 is several times quicker, and its memory and schedule may differ.
 """
 
 import common  # noqa: I001  (puts the checkout on the path)
@@ -35,7 +36,7 @@ for name, value in SETTINGS.items():
 import jax  # noqa: E402
 from absl import flags  # noqa: E402
 
-from rcm_jax.plan import chips, report, sweep  # noqa: E402
+from rcm_jax.plan import chips, remedy, report, sweep  # noqa: E402
 from rcm_jax.plan.program import prepare  # noqa: E402
 
 CONFIG = common.config_flag()
@@ -75,10 +76,22 @@ def main():
     programs = prepare(run, chip, devices)
     print(report.head(programs, chip, topology), flush=True)
     planned = {}
-    for name, one in report.plan(programs, chip):
+    for name, one in report.plan(programs, chip) if programs.held <= chip.hbm else ():
         planned[name] = one
         print(report.describe(name, one, chip), flush=True)
-    print(report.summary(programs, planned, chip))
+    print(report.summary(programs, planned, chip), flush=True)
+    if not planned or not all(report.fits(one, chip) for one in planned.values()):
+        mend(run, programs, planned, chip, devices)
+
+
+def mend(run, programs, planned, chip, devices):
+    """Prints every change as it is tried, and what the first that fits needs."""
+    attempts = []
+    print("what would:", flush=True)
+    for attempt in remedy.search(run, programs, planned, chip, devices):
+        attempts.append(attempt)
+        print(remedy.line(run, attempt), flush=True)
+    print(remedy.verdict(run, programs, attempts, chip))
 
 
 def try_all(run, chip, devices):

@@ -128,10 +128,16 @@ def describe(name: str, planned: Planned, chip: Chip) -> str:
         lines.append(f"  note      {n.work.open_loops} loops have no trip count in the program: a rollout, at its mean")
     for kernel, times in n.work.kernels.items():
         lines.append(f"  note      {kernel} runs {times:g} times and says nothing of its cost: FLOP and time lack it")
-    if chip.platform == "gpu" and n.peak > 0.75 * chip.hbm:
-        share = n.peak / chip.hbm
-        lines.append(f"  note      that is {share:.0%}: JAX takes 75 % unless XLA_PYTHON_CLIENT_MEM_FRACTION says more")
+    if note := beyond_default(n.peak, chip):
+        lines.append(f"  note      {note}")
     return "\n".join(lines)
+
+
+def beyond_default(peak: float, chip: Chip) -> str:
+    """Of more memory of a GPU than JAX takes by itself: what to do; else nothing."""
+    if chip.platform != "gpu" or peak <= 0.75 * chip.hbm:
+        return ""
+    return f"that is {peak / chip.hbm:.0%}: JAX takes 75 % unless XLA_PYTHON_CLIENT_MEM_FRACTION says more"
 
 
 def received(work: hlo.Work) -> float:
@@ -151,9 +157,10 @@ def _collectives(work: hlo.Work) -> Iterator[str]:
 
 def summary(programs: Programs, steps: dict[str, Planned], chip: Chip) -> str:
     """The whole: whether it fits, and how fast it may be."""
-    failing = [name for name, planned in steps.items() if not fits(planned, chip)]
-    if failing:
-        return f"\ndoes not fit: {', '.join(failing)}. More chips, mesh.seq, remat or train.accumulate."
+    if programs.held > chip.hbm:
+        return f"\ndoes not fit: state and teacher alone hold {gib(programs.held)} of {gib(chip.hbm)}"
+    if failing := [name for name, planned in steps.items() if not fits(planned, chip)]:
+        return f"\ndoes not fit: {', '.join(failing)}"
     time, iterations = cycle_seconds(programs, steps)
     rate = iterations * programs.run.train.batch_size / time
     days = programs.run.train.steps / iterations * time / 86400
