@@ -11,7 +11,7 @@ Wan2.1 that the larger networks have; that one is not here, so scripts/sample.py
 
 from ml_collections import ConfigDict
 
-from configs import cosmos_2b, methods, wan_1_3b
+from configs import cosmos_2b, machines, methods, wan_1_3b
 from rcm_jax.models import cosmos
 from rcm_jax.util.config import revise
 
@@ -28,4 +28,4 @@ EXPERIMENT = revise(
 
 def get_config(variant: str = "") -> ConfigDict:
     """cosmos_2b, but for what is set here."""
-    return methods.flagged(methods.choose(EXPERIMENT, variant, {"tiny": cosmos_2b.tiny}))
+    return methods.flagged(methods.choose(EXPERIMENT, variant, machines.of("cosmos_0_6b") | {"tiny": cosmos_2b.tiny}))

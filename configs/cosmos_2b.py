@@ -9,12 +9,13 @@ Another resolution is another data.shape, [1, height/8, width/8, 16], both even 
 on buckets of width × height 1024×1024, 1168×880, 880×1168, 1360×768 and 768×1360; a run here has one shape. The paper
 trains 30,000 iterations at a global batch of 512 and reports GenEval 0.81 with 4 steps (teacher: 0.83); this file has
 not been run at full size. `:tiny` after its name is the same method with hardly any width, for x0 [1, 4, 6, 4] and text
-[6, 8]; a method of configs/methods.py may follow.
+[6, 8]; `:8gpu`, `:v5p-8` and `:v6e-8` cut it to fit one machine (configs/machines.py); a method of configs/methods.py
+may follow.
 """
 
 from ml_collections import ConfigDict
 
-from configs import methods, wan_1_3b
+from configs import machines, methods, wan_1_3b
 from rcm_jax.data import LatentsConfig
 from rcm_jax.method.objectives import DmdConfig, ScmConfig
 from rcm_jax.method.trigflow import LogNormal
@@ -60,8 +61,9 @@ def tiny(run: Experiment) -> Experiment:
         {
             "model": revise(run.model, TINY),
             "data.shape": (1, 4, 6, 4),
+            "mesh": MeshConfig(data=1, fsdp=-1),
             "rcm.dmd.update_freq": 2,
-            "train": revise(run.train, dict(steps=6, batch_size=8, log_every=1, checkpoint_every=3)),
+            "train": revise(run.train, dict(steps=6, batch_size=8, accumulate=1, log_every=1, checkpoint_every=3)),
             "media": run.media and wan_1_3b.tiny_media(run.media),
         },
     )
@@ -69,4 +71,4 @@ def tiny(run: Experiment) -> Experiment:
 
 def get_config(variant: str = "") -> ConfigDict:
     """For flags: any key can be changed from the command line, e.g. --config.train.batch_size=64."""
-    return methods.flagged(methods.choose(EXPERIMENT, variant, {"tiny": tiny}))
+    return methods.flagged(methods.choose(EXPERIMENT, variant, machines.of("cosmos_2b") | {"tiny": tiny}))

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
+from configs.machines import MACHINES
 from rcm_jax.method.objectives import DcmConfig, RfScmConfig
 from rcm_jax.run.experiment import Experiment
 from rcm_jax.util.config import revise, to_mapping
@@ -30,7 +31,8 @@ Change = Callable[[Experiment], Experiment]
 
 
 def choose(run: Experiment, variant: str, variants: Mapping[str, Change]) -> Experiment:
-    """Applies what is named in `variant`, separated by commas: keys of `variants`, then one method at most.
+    """Applies what is named in `variant`, separated by commas: keys of `variants`, one machine of configs/machines.py
+    among them at most, in the order that `variants` has; then one method at most.
 
     A key of `variants` that is the name of a method takes its place.
     """
@@ -38,9 +40,11 @@ def choose(run: Experiment, variant: str, variants: Mapping[str, Change]) -> Exp
     for name in names:
         if name not in known:
             raise ValueError(f"variant {name!r} is none of {', '.join(known)}")
-    if len(chosen := [name for name in names if name in METHODS]) > 1:
-        raise ValueError(f"variant {variant!r} names {len(chosen)} methods, {', '.join(chosen)}: choose one")
-    for name in sorted(names, key=lambda name: name in METHODS):
+    for kind, table in (("methods", METHODS), ("machines", MACHINES)):
+        if len(chosen := [name for name in names if name in table]) > 1:
+            raise ValueError(f"variant {variant!r} names {len(chosen)} {kind}, {', '.join(chosen)}: choose one")
+    order = [*variants, *METHODS]
+    for name in sorted(names, key=lambda name: (name in METHODS, order.index(name))):
         run = known[name](run)
     return run
 

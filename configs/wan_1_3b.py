@@ -5,12 +5,13 @@ python scripts/train.py --config=wan_1_3b.py --config.teacher=wan-1.3b --config.
 
 LATENTS is a folder as rcm_jax.data.latents.write makes it. The paper trains 10,000 iterations at a global batch of 256
 and reports VBench 84.4 with 4 steps (teacher: 83.0); this file has not been run at full size. `:tiny` after its name is
-the same method with hardly any width, for x0 of shape [2, 4, 6, 4] and text of shape [6, 8].
+the same method with hardly any width, for x0 of shape [2, 4, 6, 4] and text of shape [6, 8]; `:8gpu`, `:v5p-8` and
+`:v6e-8` cut it to fit one machine (configs/machines.py), where as it stands it takes dozens of chips.
 """
 
 from ml_collections import ConfigDict
 
-from configs import methods
+from configs import machines, methods
 from rcm_jax.data import LatentsConfig
 from rcm_jax.method.objectives import DmdConfig, ScmConfig
 from rcm_jax.method.trigflow import LogNormal
@@ -70,7 +71,7 @@ def tiny(run: Experiment) -> Experiment:
             "mesh": MeshConfig(data=1, fsdp=-1),
             "rcm.warmup": 2,
             "rcm.dmd.update_freq": 2,
-            "train": revise(run.train, dict(steps=6, batch_size=8, log_every=1, checkpoint_every=3)),
+            "train": revise(run.train, dict(steps=6, batch_size=8, accumulate=1, log_every=1, checkpoint_every=3)),
             "media": tiny_media(run.media),
         },
     )
@@ -84,4 +85,4 @@ def tiny_media(media: MediaConfig) -> MediaConfig:
 
 def get_config(variant: str = "") -> ConfigDict:
     """For flags: any key can be changed from the command line, e.g. --config.train.batch_size=64."""
-    return methods.flagged(methods.choose(EXPERIMENT, variant, {"tiny": tiny}))
+    return methods.flagged(methods.choose(EXPERIMENT, variant, machines.of("wan_1_3b") | {"tiny": tiny}))
