@@ -49,16 +49,16 @@ MACHINES = {
     "v5p-8": Machine(
         "v5p:2x2x1",
         {
-            "wan_1_3b": Fit(16),
+            "wan_1_3b": Fit(32, "save_attention"),
             "wan_14b": Fit(64, seq=4, offload=True),
             "cosmos_0_6b": Fit(8),
-            "cosmos_2b": Fit(16),
+            "cosmos_2b": Fit(8),
         },
     ),
     "v6e-8": Machine(
         "v6e:2x4",
         {
-            "wan_1_3b": Fit(32),
+            "wan_1_3b": Fit(32, "save_attention"),
             "cosmos_0_6b": Fit(8),
             "cosmos_2b": Fit(16),
         },
