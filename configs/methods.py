@@ -163,8 +163,9 @@ def stages(run: Experiment, recipe: str) -> dict[str, Experiment]:
         raise ValueError(f"a recipe is made of a config of rCM, and this one is of {run.rcm.name}: name no method")
     made, total = {}, student_updates(run)
     for i, (method, share) in enumerate(RECIPES[recipe], 1):
-        updates = max(1, round(share * total))
-        stage = METHODS[method](revise(run, {"rcm.warmup": 0, "train.steps": updates * run.rcm.dmd.update_freq}))
+        updates = max(2, round(share * total))
+        stage = METHODS[method](revise(run, {"rcm.warmup": 0}))
+        stage = revise(stage, {"train.steps": updates * (stage.rcm.dmd.update_freq if stage.rcm.dmd else 1)})
         if run.rcm.student.decay_steps:
             stage = revise(stage, {"rcm.student.decay_steps": max(updates, run.rcm.student.warmup_steps + 1)})
         made[f"{i}_{method}"] = stage

@@ -1,4 +1,4 @@
-"""Compare: python scripts/compare.py --workdir=DIR [--seeds=0,1,2] [--config.key=value …]
+"""Compare: python scripts/compare.py --workdir=DIR [--seeds=0,1,2] [--runs=scm,staged] [--config.key=value …]
 
 Trains every method on the mixture of configs/mixture.py, with equally many updates of the student from one start, and
 writes DIR/comparison/: samples over the true density, and a table of distances to the exact teacher. lambda is the
@@ -28,43 +28,53 @@ from rcm_jax.util.config import revise
 CONFIG = common.config_flag("A config of rCM on a mixture.", default=str(common.CONFIGS / "mixture.py"))
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs and the comparison go.")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "One run of every method for each.")
-flags.mark_flags_as_required(["workdir"])
 
 LAMBDAS = (0.001, 0.01, 0.1, 1.0)
-RUNS = {"sCM, λ = 0": ("scm", None), "dCM": ("dcm", None), "DMD": ("dmd", None)}
-RUNS |= {f"rCM, λ = {value:g}": ("rcm", value) for value in LAMBDAS}
+# name of the folder -> name in the comparison, method or recipe of configs/methods.py, lambda (None: the config's)
+RUNS = {"scm": ("sCM, λ = 0", "scm", None), "rf_scm": ("RF sCM", "rf_scm", None), "dcm": ("dCM", "dcm", None)}
+RUNS |= {"dmd": ("DMD", "dmd", None), "staged": ("dCM, sCM, rCM", "staged", None)}
+RUNS |= {f"rcm_{value:g}": (f"rCM, λ = {value:g}", "rcm", value) for value in LAMBDAS}
 POINTS = 8  # of the curves
+CHOSEN = flags.DEFINE_list("runs", [*RUNS], f"Which of {', '.join(RUNS)}.")
+flags.mark_flags_as_required(["workdir"])
 
 
-def variant(run: Experiment, method: str, weight: float | None, seed: int, start: str) -> Experiment:
-    """One run; it starts from the network in `start`, or ("") pretrains one."""
-    run = revise(run, {"seed": seed, "teacher": start})
+def variants(run: Experiment, method: str, weight: float | None, seed: int, teacher: str) -> dict[str, Experiment]:
+    """{subfolder: a run}, one after another; they have the network in `teacher`, or ("") the first pretrains one."""
+    run = revise(run, {"seed": seed, "teacher": teacher})
     if weight is not None:
         features = 2
         run = revise(run, {"rcm.dmd.scale": weight * math.sqrt(2e6 / features) * run.rcm.consistency.scale})
-    run = methods.METHODS[method](run)
-    return revise(run, {"train.keep": POINTS, "train.checkpoint_every": max(1, run.train.steps // POINTS)})
+    runs = methods.stages(run, method) if method in methods.RECIPES else {"": methods.METHODS[method](run)}
+    every = {name: max(1, one.train.steps // POINTS) for name, one in runs.items()}
+    return {
+        name: revise(one, {"train.keep": POINTS, "train.checkpoint_every": every[name]}) for name, one in runs.items()
+    }
 
 
-def run_seed(run: Experiment, folder: pathlib.Path, seed: int):
-    """Yields (name, judge, trained) of every run."""
-    start, judge = "", None
-    for name, (method, weight) in RUNS.items():
-        workdir = folder / (method if weight is None else f"{method}_{weight:g}")
-        trained = pipeline.train(variant(run, method, weight, seed, start), workdir)
-        start = start or str(trained.teacher_folder)
+def run_seed(run: Experiment, folder: pathlib.Path, seed: int, chosen):
+    """Yields (name, judge, trained, updates of the student before) of every run."""
+    teacher, judge = "", None
+    for place in chosen:
+        name, method, weight = RUNS[place]
+        start, before, after = "", 0, 0
+        for part, one in variants(run, method, weight, seed, teacher).items():
+            trained = pipeline.train(revise(one, {"start": start, "teacher": teacher}), folder / place / part)
+            start, before, after = str(trained.folder), after, after + student_updates(one.rcm, one.train.steps)
+            teacher = teacher or str(trained.teacher_folder)
         judge = judge or mixture_report.make_judge(trained.run, trained.program.network)
-        yield name, judge, trained
+        yield name, judge, trained, before
 
 
-def curve(judge, trained) -> list[tuple[int, float]]:
+def curve(judge, trained, before: int) -> list[tuple[int, float]]:
     """(updates of the student, map error of one step) at every checkpoint that is kept."""
     abstract = checkpoint.abstract_like(trained.state.ema, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     with checkpoint.open_manager(trained.folder) as manager:
         steps = sorted(manager.all_steps())
     students = [checkpoint.restore_item(trained.folder, "ema", abstract, step) for step in steps]
     errors = [evaluate(judge.samples(ema)[1], judge.reference)["map_error"] for ema in students]
-    return [(student_updates(trained.run.rcm, step), error) for step, error in zip(steps, errors, strict=True)]
+    updates = [before + student_updates(trained.run.rcm, step) for step in steps]
+    return list(zip(updates, errors, strict=True))
 
 
 def main():
@@ -72,18 +82,20 @@ def main():
     run = common.experiment(CONFIG)
     if not isinstance(run.data, MixtureConfig) or run.rcm.consistency is None or run.rcm.dmd is None:
         raise ValueError("--config must be of rCM on a mixture: the other methods are made from it, so name none")
+    if unknown := [place for place in CHOSEN.value if place not in RUNS]:
+        raise ValueError(f"--runs={unknown[0]} is none of {', '.join(RUNS)}")
     folder = pathlib.Path(WORKDIR.value)
     results, pictures, curves = {mixture_report.FLOOR: []}, {}, {}
     try:
         for seed in map(int, SEEDS.value):
-            for name, judge, trained in run_seed(run, folder / f"seed{seed}", seed):
+            for name, judge, trained, before in run_seed(run, folder / f"seed{seed}", seed, CHOSEN.value):
                 samples = judge.samples(trained.state.ema)
                 for steps, points in samples.items():
                     row = results.setdefault(f"{name}, {in_steps(steps)}", [])
                     row.append(evaluate(points, judge.reference))
                 if name not in pictures:
                     pictures[name] = [mixture_report.picture(judge.reference, x) for x in samples.values()]
-                    curves[name] = curve(judge, trained)
+                    curves[name] = curve(judge, trained, before)
             results[mixture_report.FLOOR].append(mixture_report.floor(judge.reference))
     except trainer.Interrupted as stop:
         print(stop)

@@ -15,11 +15,12 @@ import sys
 sys.path.insert(0, "scripts")
 import compare
 from rcm_jax.evaluate import mixture_report
-compare.RUNS = {name: compare.RUNS[name] for name in ("dCM", "rCM, λ = 0.001")}
 assert mixture_report.SAMPLES
 mixture_report.SAMPLES = 200
 compare.common.run(compare.main)
 """
+STAGES = ("1_dcm", "2_scm", "3_rcm")
+RUNS = "dcm,staged,rcm_0.001"
 TINY = [
     "--config.train.steps=16",
     "--config.train.batch_size=8",
@@ -39,10 +40,14 @@ def test_a_config_that_is_not_of_rcm_on_a_mixture_is_refused_at_once(config, run
     assert not (tmp_path / "new").exists()
 
 
+def test_a_run_that_is_none_is_named(run_script, tmp_path):
+    assert_refused(run_script("compare", "--runs=scm,rcm", f"--workdir={tmp_path / 'new'}"), "--runs=rcm is none of")
+
+
 def test_methods_are_compared_from_one_start(tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     process = subprocess.run(
-        [sys.executable, "-c", SHRINK, f"--workdir={tmp_path / 'run'}", "--seeds=3", *TINY],
+        [sys.executable, "-c", SHRINK, f"--workdir={tmp_path / 'run'}", "--seeds=3", f"--runs={RUNS}", *TINY],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
@@ -51,9 +56,14 @@ def test_methods_are_compared_from_one_start(tmp_path):
         folder / "seed3/dcm/teacher"
     )
     assert not (folder / "seed3/rcm_0.001/teacher").exists()
+    stages = [json.loads((folder / "seed3/staged" / name / "config.json").read_text()) for name in STAGES]
+    assert [one["start"] for one in stages] == ["", *(str(folder / "seed3/staged" / name) for name in STAGES[:2])]
     record = json.loads((folder / "comparison/report.json").read_text())
-    assert [name for name in record["rows"] if "1 step" in name] == ["dCM, 1 step", "rCM, λ = 0.001, 1 step"]
+    assert [name for name in record["rows"] if "1 step" in name] == [
+        f"{name}, 1 step" for name in ("dCM", "dCM, sCM, rCM", "rCM, λ = 0.001")
+    ]
     assert len(record["metadata"]["seeds"]["dCM, 4 steps"]) == 1
+    assert record["curves"]["map error of one step"]["dCM, sCM, rCM"][-1][0] == 6  # of all stages
     points = record["curves"]["map error of one step, rCM"]["rCM, λ = 0.001"]
     assert len(points) > 2
     assert points[-1][0] == 4  # updates of the student in 16 iterations: one of warm-up, then every fifth
