@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test smoke lint bench clean
+.PHONY: demo test smoke lint bench mutants clean
 
 demo: $(VENV)/installed
 	$(BIN)/python scripts/train.py --config=configs/digits.py --workdir=runs/digits
@@ -18,6 +18,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --level error --pythonpath $(BIN)/python
+
+mutants: $(VENV)/installed
+	$(BIN)/python tests/mutants.py $(ONLY)
 
 bench: $(VENV)/installed
 	$(BIN)/python -m kernels.bench
