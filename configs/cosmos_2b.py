@@ -30,7 +30,9 @@ from rcm_jax.util.config import revise
 RCM = RcmConfig(
     student=OptimizerConfig(1e-6),
     fake_score=OptimizerConfig(2e-7),
-    guidance=4.5,  # F_u + w·(F_c − F_u); Cosmos' own sampler counts from 0
+    # F_u + w·(F_c − F_u), as the official code since February 2026: the paper's 4.5 may be 5.5 in this form
+    # (docs/deviations.md). Cosmos' own sampler counts from 0.
+    guidance=4.5,
     consistency=ScmConfig(LogNormal(-0.8, 1.6)),
     dmd=DmdConfig(LogNormal(0.0, 1.6)),
 )

@@ -27,7 +27,7 @@ COMPUTED = {"dtype": "bfloat16", "time_dtype": "float32", "remat": "full"}  # bl
 RCM = RcmConfig(
     student=OptimizerConfig(2e-6),
     fake_score=OptimizerConfig(4e-7),
-    guidance=5.0,
+    guidance=5.0,  # F_u + w·(F_c − F_u), as the official code since February 2026; the paper's 5 may be 6 in this form
     # The paper's N(−0.8, 1.6²) with log sigma moved by ln sqrt(20), for 20 latent frames.
     consistency=ScmConfig(LogNormal(0.7, 1.6)),
     dmd=DmdConfig(),

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from rcm_jax.kernels.attention import choices, flash_attention  # pyright: ignore[reportMissingImports]
-from rcm_jax.models.product import product
+from rcm_jax.models.product import affine
 from rcm_jax.parallel.sharding import RULES, activation_spec, check_sequence, current_mesh
 
 Embedding = Float[Array, "b c"]
@@ -76,7 +76,7 @@ def with_axes(init: Callable, *axes: str) -> Callable[..., Array]:
 
 
 class Dense(nn.Module):
-    """x·kernel + bias of the last axis, of operands in `dtype`, summed in float32 at least; returns `dtype`."""
+    """x·kernel + bias over the last axis, in `dtype`; gradients of kernel and bias in float32 (models/product.py)."""
 
     features: int
     dtype: str
@@ -87,10 +87,10 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... features"]:
         kernel = self.param("kernel", with_axes(self.kernel_init, *self.axes), (x.shape[-1], self.features))
-        y = product(x, kernel, self.dtype)
+        bias = None
         if self.use_bias:
-            y = y + self.param("bias", with_axes(nn.initializers.zeros, "vector"), (self.features,)).astype(y.dtype)
-        return checkpoint_name(y.astype(self.dtype), "product")
+            bias = self.param("bias", with_axes(nn.initializers.zeros, "vector"), (self.features,))
+        return checkpoint_name(affine(x, kernel, bias, self.dtype), "product")
 
 
 def dense(features, name, *, dtype, axes=("embed", "features"), init=None, use_bias=True) -> Dense:

@@ -1,12 +1,11 @@
-"""The product of a dense layer: operands as narrow as asked for, every sum in float32 at least.
+"""What a dense layer computes: products of operands as narrow as asked for, gradients of its parameters in float32.
 
-A sum over the rows of a batch is also one over devices. With narrow outputs XLA would add the gradients of kernels up
-in bfloat16 there: an error of 1 to 2 % over a hundred devices. JAX's own transposition would make products of float32
-operands of them, which run at a half of the rate or less: so the derivative is spelled out here.
+A gradient is a sum over the rows of a batch, and so over devices. Products of bfloat16 would give it in bfloat16, and
+XLA would add it up so: an error of 1 to 2 % over a hundred devices. JAX's own transposition of wider ones would make
+products of float32 operands, at half the rate or less. So the derivative is spelled out here.
 """
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jaxtyping import Array, Float
 
 Rows = Float[Array, "... c"]
 Kernel = Float[Array, "c f"]
+Bias = Float[Array, " f"]
 Out = Float[Array, "... f"]
 
 
@@ -23,71 +23,79 @@ def precision_of(dtype) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype).itemsize >= 4 else jax.lax.Precision.DEFAULT
 
 
-def product(x: Rows, kernel: Kernel, dtype) -> Out:
-    """x·kernel of operands rounded to `dtype`, in float32 at least; both modes, any number of derivatives."""
+def affine(x: Rows, kernel: Kernel, bias: Bias | None, dtype) -> Out:
+    """x·kernel + bias in `dtype`, to which all are rounded; differentiable in both modes, any number of times.
+
+    The gradients of kernel and bias are in their own dtypes, and never in one that is narrower.
+    """
+    x, narrow = x.astype(dtype), (kernel.astype(dtype), None if bias is None else bias.astype(dtype))
     if jnp.dtype(dtype).itemsize >= 4:
-        return _contract(dtype, x, kernel, -1, 0)
-    return _narrow(dtype, x, kernel)
+        return _value(x, *narrow)
+    return _narrow(x, (kernel, bias), narrow)
 
 
-def _contract(dtype, x: Array, y: Array, x_axes: int | Sequence[int], y_axes: int | Sequence[int]) -> Array:
-    """The sum over those axes, as many of each."""
-    axes = [[a % z.ndim for a in ([at] if isinstance(at, int) else at)] for z, at in ((x, x_axes), (y, y_axes))]
-    return jax.lax.dot_general(
-        x.astype(dtype),
-        y.astype(dtype),
-        (axes, ((), ())),
-        precision=precision_of(dtype),
-        preferred_element_type=jnp.promote_types(dtype, jnp.float32),
-    )
+def _value(x: Rows, kernel: Kernel, bias: Bias | None) -> Out:
+    y = jnp.matmul(x, kernel, precision=precision_of(x.dtype))
+    return y if bias is None else y + bias
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _narrow(dtype, x: Rows, kernel: Kernel) -> Out:
-    return _contract(dtype, x, kernel, -1, 0)
+@jax.custom_jvp
+def _narrow(x: Rows, wide: tuple, narrow: tuple) -> Out:
+    """The value is of what is narrow; the tangents of what is wide: `narrow` is made of it and counts once."""
+    return _value(x, *narrow)
 
 
 @functools.partial(_narrow.defjvp, symbolic_zeros=True)
-def _narrow_jvp(dtype, primals, tangents):
-    return _narrow(dtype, *primals), _push_forward(dtype, primals, _live(tangents))
+def _narrow_jvp(primals, tangents):
+    x, _, narrow = primals
+    dx, (dkernel, dbias), _ = tangents
+    live = tuple(None if isinstance(t, SymbolicZero) else t for t in (dx, dkernel, dbias))
+    return _narrow(*primals), _push_forward((x, narrow[0]), live)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _push_forward(dtype, factors, tangents) -> Out:
-    """dx·kernel + x·dkernel of factors (x, kernel), linear in the tangents (dx, dkernel). None is zero.
+@jax.custom_jvp
+def _push_forward(factors, tangents) -> Out:
+    """dx·kernel + x·dkernel + dbias of factors (x, kernel), linear in the tangents (dx, dkernel, dbias). None is zero.
 
-    A tangent is None where the other factor is.
+    A tangent is None where its factor is; one that is wide is rounded here, and its cotangent is wide.
     """
 
     def forward(factors, tangents):
-        (x, kernel), (dx, dkernel) = factors, tangents
-        terms = [_contract(dtype, a, b, -1, 0) for a, b in ((dx, kernel), (x, dkernel)) if _are_there(a, b)]
+        (x, kernel), (dx, dkernel, dbias) = factors, tangents
+        terms = [] if dx is None else [_value(dx, kernel, None)]
+        terms += [] if dkernel is None else [_value(x, dkernel.astype(x.dtype), None)]
+        # A bias has the shape of one row: of the rows of whatever else there is.
+        shape = (x if x is not None else dx).shape[:-1]
+        terms += [] if dbias is None else [jnp.broadcast_to(dbias, (*shape, *dbias.shape)).astype(_dtype(factors))]
         return sum(terms[1:], terms[0])
 
     def transposed(factors, g):
-        (x, kernel), (dx, dkernel) = factors, tangents
-        rows = range(g.ndim - 1)
-        to_x = None if dx is None else _contract(dtype, g, kernel, -1, 1).astype(dx.dtype)
-        to_kernel = None if dkernel is None else _contract(dtype, x, g, rows, rows).astype(dkernel.dtype)
-        return to_x, to_kernel
+        (x, kernel), (dx, dkernel, dbias) = factors, tangents
+        rows = tuple(range(g.ndim - 1))
+        to_x = None if dx is None else jnp.matmul(g, kernel.T, precision=precision_of(g.dtype)).astype(dx.dtype)
+        to_kernel = None if dkernel is None else jax.lax.dot_general(
+            x, g, ((rows, rows), ((), ())), preferred_element_type=dkernel.dtype
+        )  # fmt: skip
+        to_bias = None if dbias is None else jnp.sum(g, rows, dtype=dbias.dtype)
+        return to_x, to_kernel, to_bias
 
     return linear_call(forward, transposed, factors, tangents)
 
 
 @functools.partial(_push_forward.defjvp, symbolic_zeros=True)
-def _push_forward_jvp(dtype, primals, tangents):
-    # As it is linear in its tangents, it is in its factors: with the tangents in their place.
-    out, terms = _push_forward(dtype, *primals), []
-    for (x, kernel), (dx, dkernel) in zip(primals, (_live(tangents[1]), _live(tangents[0])), strict=True):
-        both = dx if _are_there(dx, kernel) else None, dkernel if _are_there(x, dkernel) else None
-        if any(tangent is not None for tangent in both):
-            terms.append(_push_forward(dtype, (x, kernel), both))
+def _push_forward_jvp(primals, tangents):
+    live = jax.tree.map(
+        lambda t: None if isinstance(t, SymbolicZero) else t, tangents, is_leaf=lambda t: isinstance(t, SymbolicZero)
+    )
+    (x, kernel), (dx, dkernel, _) = primals
+    (x_dot, kernel_dot), moved = live
+    # Linear in its tangents, and so in its factors: there with the tangents in the place of the factors.
+    crossed = (x_dot if dkernel is not None else None, kernel_dot if dx is not None else None, None)
+    pairs = ((x, kernel), moved), ((dx, None if dkernel is None else dkernel.astype(_dtype((x, kernel)))), crossed)
+    out = _push_forward(*primals)
+    terms = [_push_forward(*pair) for pair in pairs if any(tangent is not None for tangent in pair[1])]
     return out, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(out)
 
 
-def _live(tangents):
-    return tuple(None if isinstance(t, SymbolicZero) else t for t in tangents)
-
-
-def _are_there(*arrays) -> bool:
-    return all(array is not None for array in arrays)
+def _dtype(factors):
+    return next(factor.dtype for factor in factors if factor is not None)
