@@ -71,8 +71,9 @@ def _push_forward(factors, tangents) -> Out:
 
     def transposed(factors, g):
         (x, kernel), (dx, dkernel, dbias) = factors, tangents
-        rows = tuple(range(g.ndim - 1))
-        to_x = None if dx is None else jnp.matmul(g, kernel.T, precision=precision_of(g.dtype)).astype(dx.dtype)
+        rows, last = tuple(range(g.ndim - 1)), g.ndim - 1
+        # The kernel as it is, not turned: what is gathered from other devices is then one array in both passes.
+        to_x = None if dx is None else jax.lax.dot_general(g, kernel, (((last,), (1,)), ((), ()))).astype(dx.dtype)
         to_kernel = None if dkernel is None else jax.lax.dot_general(
             x, g, ((rows, rows), ((), ())), preferred_element_type=dkernel.dtype
         )  # fmt: skip
