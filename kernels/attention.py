@@ -76,7 +76,9 @@ def flash_attention(q: Q, k: K, v: K, *, scale: float | None = None, implementat
       implementation: "auto" or a name in IMPLEMENTATIONS. What is chosen is logged once.
 
     Returns:
-      [b, l, n, d] in the dtype of q; computed in float32 at least, products at JAX's matmul precision of the backend.
+      [b, l, n, d] in the dtype of q; computed in float32 at least. Products are made at
+      Precision.HIGHEST for float32 and float64 inputs, for narrower ones as the backend does by
+      default: it may round the factors, P too.
 
     Raises:
       ValueError: unknown implementation, one that does not run here or on such inputs, or shapes that do not fit.

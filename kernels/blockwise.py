@@ -3,7 +3,7 @@
 Queries and keys are cut into tiles; an outer loop over query tiles runs an inner loop over key tiles, and only one
 [b, n, tile, tile] block of scores exists at a time. A sequence that fits one tile is neither padded nor looped over.
 
-The three functions share one layout (`_split`), one loop (`_loop`) and one block of scores (`_scores`).
+The three functions share one layout (`_split`), one loop (`_loop`) and one way to multiply tiles (`_product_of`).
 The forward pass is the online softmax of Milakov and Gimelshein (arXiv 1805.02867); the tangent and its transpose
 know lse already and rebuild P = exp(S − lse) directly, the way FlashAttention's backward pass does (arXiv 2205.14135).
 """
@@ -30,7 +30,7 @@ TILES = Tiles(queries=512, keys=512)
 
 def forward(q: Q, k: K, v: K, scale, *, tiles=TILES) -> tuple[Q, Row]:
     """O in the dtype of q, and lse in the dtype of the computation."""
-    dtype = compute_dtype(q.dtype)
+    dtype, product = compute_dtype(q.dtype), _product_of(q.dtype)
 
     def query_tile(_, q):
         q = scale * q.astype(dtype)
@@ -38,11 +38,11 @@ def forward(q: Q, k: K, v: K, scale, *, tiles=TILES) -> tuple[Q, Row]:
         def key_tile(carry, xs):
             top, total, o = carry
             k, v, bias = xs
-            s = _scores(q, k, bias)
+            s = _mask(product(q, k.mT), bias)
             new_top = jnp.maximum(top, s.max(-1, keepdims=True))
             p = jnp.exp(s - new_top)
             shrink = jnp.exp(top - new_top)
-            return (new_top, shrink * total + p.sum(-1, keepdims=True), shrink * o + p @ v.astype(dtype)), None
+            return (new_top, shrink * total + p.sum(-1, keepdims=True), shrink * o + product(p, v)), None
 
         row = jnp.zeros_like(q[..., :1])
         (top, total, o), _ = _loop(key_tile, (row - jnp.inf, row, jnp.zeros_like(q)), keys)
@@ -55,7 +55,7 @@ def forward(q: Q, k: K, v: K, scale, *, tiles=TILES) -> tuple[Q, Row]:
 
 def tangent(q: Q, k: K, v: K, o: Q, lse: Row, dq: Q | None, dk: K | None, dv: K | None, scale, *, tiles=TILES) -> Q:
     """Ȯ along (dq, dk, dv), of which None stands for zero and costs nothing."""
-    dtype = compute_dtype(q.dtype)
+    dtype, product = compute_dtype(q.dtype), _product_of(q.dtype)
     moving_scores = dq is not None or dk is not None
 
     def query_tile(_, xs):
@@ -66,12 +66,12 @@ def tangent(q: Q, k: K, v: K, o: Q, lse: Row, dq: Q | None, dk: K | None, dv: K 
         def key_tile(carry, xs):
             do, r = carry  # Ȯ = do − r∘O in the end
             k, v, dk, dv, bias = xs
-            p = jnp.exp(_scores(q, k, bias) - lse)
+            p = jnp.exp(_mask(product(q, k.mT), bias) - lse)
             if dv is not None:
-                do += p @ dv.astype(dtype)
+                do += product(p, dv)
             if moving_scores:
-                h = p * sum(_scores(x, y) for x, y in ((dq, k), (q, dk)) if x is not None and y is not None)
-                do += h @ v.astype(dtype)
+                h = p * sum(product(x, y.mT) for x, y in ((dq, k), (q, dk)) if x is not None and y is not None)
+                do += product(h, v)
                 r += h.sum(-1, keepdims=True)
             return (do, r), None
 
@@ -87,7 +87,7 @@ def tangent(q: Q, k: K, v: K, o: Q, lse: Row, dq: Q | None, dk: K | None, dv: K 
 
 def backward(q: Q, k: K, v: K, o: Q, lse: Row, g: Q, live: Live, scale, *, tiles=TILES) -> Gradients:
     """From g, the cotangent of Ȯ, to those of (dq, dk, dv), None where `live` is False: the transpose of `tangent`."""
-    dtype = compute_dtype(q.dtype)
+    dtype, product = compute_dtype(q.dtype), _product_of(q.dtype)
     live_q, live_k, live_v = live
 
     def query_tile(key_gradients, xs):
@@ -97,15 +97,15 @@ def backward(q: Q, k: K, v: K, o: Q, lse: Row, g: Q, live: Live, scale, *, tiles
 
         def key_tile(dq, xs):
             (k, v, bias), (dk, dv) = xs
-            p = jnp.exp(_scores(q, k, bias) - lse)
+            p = jnp.exp(_mask(product(q, k.mT), bias) - lse)
             if live_v:
-                dv += p.mT @ g
+                dv += product(p.mT, g)
             if live_q or live_k:
-                ds = p * (_scores(g, v) - row)
+                ds = p * (product(g, v.mT) - row)
                 if live_q:
-                    dq += ds @ k.astype(dtype)
+                    dq += product(ds, k)
                 if live_k:
-                    dk += ds.mT @ q
+                    dk += product(ds.mT, q)
             return dq, (dk, dv)
 
         dq, key_gradients = _loop(key_tile, jnp.zeros_like(q) if live_q else None, (keys, key_gradients))
@@ -119,11 +119,17 @@ def backward(q: Q, k: K, v: K, o: Q, lse: Row, g: Q, live: Live, scale, *, tiles
     return dq, dk, dv
 
 
-def _scores(
-    x: Float[Array, "b n l d"], y: Float[Array, "b n m d"], bias: Float[Array, " m"] | None = None
-) -> Float[Array, "b n l m"]:
-    """X Yᵀ of two tiles, computed in the dtype of x."""
-    s = x @ y.astype(x.dtype).mT
+def _product_of(dtype):
+    """X Y of two tiles, in the dtype of X, for attention over inputs of that dtype.
+
+    float32 is not rounded on the way: unless asked not to, a TPU rounds it to bfloat16 and a GPU to tf32.
+    Narrower inputs, cast up for the computation, are multiplied as the backend likes best.
+    """
+    precision = jax.lax.Precision.HIGHEST if dtype == compute_dtype(dtype) else None
+    return lambda x, y: jnp.matmul(x, y.astype(x.dtype), precision=precision)
+
+
+def _mask(s: Float[Array, "b n l m"], bias: Float[Array, " m"] | None) -> Float[Array, "b n l m"]:
     return s if bias is None else s + bias
 
 

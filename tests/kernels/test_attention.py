@@ -227,6 +227,19 @@ class TestEveryImplementation:
         pairs = [(exact(x), exact(y)) for x, y in zip(gradients, directions, strict=True) if x is not None]
         close(sum((x * y).sum() for x, y in pairs), (exact(g) * exact(do)).sum(), DEEP_TOLERANCE[finest])
 
+    @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+    def test_products_of_wide_inputs_are_not_rounded(self, attend, finest, dtype):
+        """Accelerators round factors to bfloat16 or tf32 where a program does not ask for more."""
+        dtype = finest if dtype == "float64" else dtype
+        jaxpr = jax.make_jaxpr(functools.partial(value_tangent_gradient, attend))(*arrays("ragged", dtype)).jaxpr
+        products = [e.params["precision"] for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+        highest = [x == (jax.lax.Precision.HIGHEST,) * 2 for x in products]
+        assert len(products) >= 2 + 5 + 5
+        if dtype == "bfloat16" and attend.keywords["implementation"] != "reference":
+            assert not any(highest)
+        else:
+            assert all(highest)
+
     def test_scale(self, attend, finest):
         q, k, v, *_ = arrays("ragged", finest)
         close(attend(q, k, v, scale=0.7), plain(exact(q), exact(k), exact(v), 0.7), TOLERANCE[finest])
