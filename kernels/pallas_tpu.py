@@ -128,7 +128,7 @@ def _online_kernel(plan, refs, out, acc):
         s = _mask(plan, _scores(refs["k"], refs["q"]) * (plan.scale * LOG2_E), valid, -jnp.inf)
         top = jnp.maximum(acc["top"][...], s.max(0, keepdims=True))
         shrink = jnp.exp2(acc["top"][...] - top)
-        p = jnp.exp2(s - top)
+        p = _rounded(jnp.exp2(s - top), refs["v"])
         acc["top"][...] = top
         acc["total"][...] = shrink * acc["total"][...] + p.sum(0, keepdims=True)
         acc["o"][...] = shrink * acc["o"][...] + _weigh(refs["v"], p, valid)
@@ -261,6 +261,7 @@ def _flow(plan, refs, p, valid):
     pairs = [(x, y) for x, y in (("k", "dq"), ("dk", "q")) if x in refs and y in refs]
     if pairs:
         h = _mask(plan, plan.scale * p * sum(_scores(refs[x], refs[y]) for x, y in pairs), valid)
+        h = _rounded(h, refs["v"])
         do += _weigh(refs["v"], h, valid)
         r = h.sum(0, keepdims=True)
     return do, r
@@ -269,6 +270,15 @@ def _flow(plan, refs, p, valid):
 def _score_cotangent(plan, refs, p, valid):
     """dSᵀ = P∘(V Gᵀ − rowsum(G∘O)) [keys, queries]."""
     return _mask(plan, p * (_scores(refs["v"], refs["g"]) - refs["row"][...]), valid)
+
+
+def _rounded(x, like):
+    """x as a product with `like` will have it.
+
+    O is a mean of V and Ȯ a difference from it: what all rows of V share cancels if the weights that
+    are summed are those that V is multiplied by.
+    """
+    return x.astype(like.dtype).astype(x.dtype)
 
 
 def _mask(plan, x, valid, fill=0.0):

@@ -12,8 +12,9 @@ strides tell the compiler how loads align.
   code and cost registers, which are what limits these kernels. Keys behind the last get the score −∞, so that P = 0.
   Queries behind the last are zeros, with an lse of zero: they add P = 1 times zeros to dK and dV.
 - Features are padded to BLOCK_D, a power of two, with zeros.
-- Sums are float32. P, H = P∘Ṡ and dS are rounded to the dtype of the inputs for the second product, as O and Ȯ are;
-  in float16 an entry of H or dS beyond 65,504 overflows.
+- Sums are float32. P, H = P∘Ṡ and dS are rounded to the dtype of the inputs for the second product,
+  as O and Ȯ are; in float16 an entry of H or dS beyond 65,504 overflows. The sums of P and H are those
+  of rounded ones: what all rows of V share then cancels in Ȯ, whatever the rounding.
 - No atomics: a repeated run gives the same bits.
 """
 
@@ -186,21 +187,21 @@ def forward(
                 dk = _load(dk_at, key, K_LEN, HEADS, DIM, BLOCK_K, BLOCK_D, RAGGED)
             ds = _moving_scores(q, k, dq, dk, MOVES_Q, MOVES_K)
         new_top = tl.maximum(top, tl.max(s, 1) * (SCALE * LOG2_E))
-        p = tl.exp2(s * (SCALE * LOG2_E) - new_top[:, None])
+        p = tl.exp2(s * (SCALE * LOG2_E) - new_top[:, None]).to(k.dtype)
         shrink = tl.exp2(top - new_top)
         top = new_top
-        total = total * shrink + tl.sum(p, 1)
+        total = total * shrink + tl.sum(p.to(tl.float32), 1)
         v = _load(v_at, key, K_LEN, HEADS, DIM, BLOCK_K, BLOCK_D, RAGGED)
-        o = _add_product(o * shrink[:, None], p.to(v.dtype), v)
+        o = _add_product(o * shrink[:, None], p, v)
         if SCORES_MOVE or MOVES_V:
             do = do * shrink[:, None]
         if MOVES_V:
             dv = _load(dv_at, key, K_LEN, HEADS, DIM, BLOCK_K, BLOCK_D, RAGGED)
-            do = _add_product(do, p.to(v.dtype), dv)
+            do = _add_product(do, p, dv)
         if SCORES_MOVE:
-            h = p * (ds * SCALE)
-            r = r * shrink + tl.sum(h, 1)
-            do = _add_product(do, h.to(v.dtype), v)
+            h = (p * (ds * SCALE)).to(v.dtype)
+            r = r * shrink + tl.sum(h.to(tl.float32), 1)
+            do = _add_product(do, h, v)
     o = o / total[:, None]
     _store(_of_head(o_at, Q_LEN, HEADS, DIM), o, start, Q_LEN, HEADS, DIM, BLOCK_Q, BLOCK_D)
     _store_row(_of_row(lse_at, Q_LEN, HEADS), (top + tl.log2(total)) * LN_2, start, Q_LEN, BLOCK_Q)
@@ -253,10 +254,10 @@ def tangent(
             dk = k
             if MOVES_K:
                 dk = _load(dk_at, key, K_LEN, HEADS, DIM, BLOCK_K, BLOCK_D, RAGGED)
-            h = p * (_moving_scores(q, k, dq, dk, MOVES_Q, MOVES_K) * SCALE)
             v = _load(v_at, key, K_LEN, HEADS, DIM, BLOCK_K, BLOCK_D, RAGGED)
-            do = _add_product(do, h.to(v.dtype), v)
-            r += tl.sum(h, 1)
+            h = (p * (_moving_scores(q, k, dq, dk, MOVES_Q, MOVES_K) * SCALE)).to(v.dtype)
+            do = _add_product(do, h, v)
+            r += tl.sum(h.to(tl.float32), 1)
         if MOVES_V:
             dv = _load(dv_at, key, K_LEN, HEADS, DIM, BLOCK_K, BLOCK_D, RAGGED)
             do = _add_product(do, p.to(dv.dtype), dv)
