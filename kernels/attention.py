@@ -5,15 +5,19 @@ With the formulas of `kernels.reference`, the derivative rule is
     o, lse = forward(q, k, v)
     ȯ      = linear_call(tangent, backward)(q, k, v, o, lse; those of q̇, k̇, v̇ that are not symbolically zero)
 
-so one op serves jax.jvp, jax.grad, the gradient of a jvp and the jvp of a vjp, eagerly and under jit, lax.scan,
-jax.checkpoint and jax.shard_map. An implementation is three plain functions and needs no rule of its own: the jvp of a
-vjp of lax.scan alone needs a forward function that JAX can differentiate (partial evaluation drops the rule), which
+in which o is wide: in float32 at least. So one op serves jax.jvp, jax.grad, the gradient of a jvp
+and the jvp of a vjp, eagerly and under jit, lax.scan, jax.checkpoint and jax.shard_map. An
+implementation is three plain functions and needs no rule of its own: the jvp of a vjp of lax.scan
+alone needs a forward function that JAX can differentiate (partial evaluation drops the rule), which
 kernels are not.
 
 - Constants cost nothing: text keys and values carry no tangent in a jvp with respect to the image, so their two of
   the five products of the tangent are left out.
-- For jax.checkpoint, o and lse carry the names "attention_out" and "attention_lse": a policy that saves these two
-  spares the second forward pass, save_only_these_names("attention_out", "attention_lse").
+- The result is o rounded to the dtype of q. Calls that nobody differentiates (a teacher, a rollout)
+  make no wide o.
+- For jax.checkpoint, the wide o and lse carry the names "attention_out" and "attention_lse": a policy
+  that saves these two spares the second forward pass,
+  save_only_these_names("attention_out", "attention_lse").
 - Second derivatives are dropped: ȯ is differentiated as a linear function of the tangents, and how it depends on
   q, k and v is ignored. A loss must stop the gradient of a tangent, as the consistency loss does.
 - There is no promise to work under jax.vmap: batch and heads are axes of the op, and kernels have no batching rule.
@@ -43,9 +47,11 @@ from .reference import K, Q, Row
 class Implementation(NamedTuple):
     """Three functions with the signatures of those of `kernels.reference`.
 
-    forward(q, k, v, scale) -> (o, lse)
+    forward(q, k, v, scale, wide) -> (o, lse), with o in the dtype of q or, wide, in that of lse
     tangent(q, k, v, o, lse, dq, dk, dv, scale) -> do, where a None tangent is zero and costs nothing
     backward(q, k, v, o, lse, g, live, scale) -> (dq, dk, dv), None where `live` is False: the transpose of tangent
+
+    The derivatives take an o of either dtype; a wide one spares them an error (`kernels.reference`).
     """
 
     forward: Callable
@@ -89,7 +95,7 @@ def flash_attention(q: Q, k: K, v: K, *, scale: float | None = None, implementat
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     name = resolve(implementation)
     _log_choice(jax.default_backend(), implementation, name)
-    o, _ = _attend(IMPLEMENTATIONS[name], scale, *_vary_alike(q, k, v))
+    o, _ = _attend(IMPLEMENTATIONS[name], scale, False, *_vary_alike(q, k, v))
     return o
 
 
@@ -152,22 +158,23 @@ def _vary_alike(*arrays: Array):
     return [jax.lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(arrays, missing, strict=True)]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _attend(implementation: Implementation, scale, q: Q, k: K, v: K) -> tuple[Q, Row]:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _attend(implementation: Implementation, scale, wide: bool, q: Q, k: K, v: K) -> tuple[Q, Row]:
     """(o, lse), differentiable: lse has no tangent."""
-    return implementation.forward(q, k, v, scale)
+    return implementation.forward(q, k, v, scale, wide)
 
 
 @functools.partial(_attend.defjvp, symbolic_zeros=True)
-def _attend_jvp(implementation, scale, primals, tangents):
+def _attend_jvp(implementation, scale, wide, primals, tangents):
     # The op itself, not its forward function: an outer derivative (of a jvp, of a vjp) differentiates the value made
     # here, and its residuals are that inner value. So every level names its own; a policy keeps o once for each.
-    o, lse = _attend(implementation, scale, *primals)
+    o, lse = _attend(implementation, scale, True, *primals)
     o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
     no_lse_tangent = SymbolicZero(jax.typeof(lse).to_tangent_aval())
     live = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents)
     do = _push_forward(implementation, scale, jax.lax.stop_gradient((*primals, o, lse)), live)
-    return (o, lse), (do, no_lse_tangent)
+    dtype = o.dtype if wide else primals[0].dtype
+    return (o.astype(dtype), lse), (do.astype(dtype), no_lse_tangent)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -28,8 +28,8 @@ class Tiles(NamedTuple):
 TILES = Tiles(queries=512, keys=512)
 
 
-def forward(q: Q, k: K, v: K, scale, *, tiles=TILES) -> tuple[Q, Row]:
-    """O in the dtype of q, and lse in the dtype of the computation."""
+def forward(q: Q, k: K, v: K, scale, wide=False, *, tiles=TILES) -> tuple[Q, Row]:
+    """O in the dtype of q, or `wide` in that of the computation, which lse has."""
     dtype, product = compute_dtype(q.dtype), _product_of(q.dtype)
 
     def query_tile(_, q):
@@ -50,7 +50,7 @@ def forward(q: Q, k: K, v: K, scale, *, tiles=TILES) -> tuple[Q, Row]:
 
     keys = (_split(k, tiles.keys), _split(v, tiles.keys), _bias(k, tiles.keys, dtype))
     _, (o, lse) = _loop(query_tile, None, _split(q, tiles.queries))
-    return _merge(o, q), _merge_rows(lse, q)
+    return _merge(o, jax.ShapeDtypeStruct(q.shape, dtype if wide else q.dtype)), _merge_rows(lse, q)
 
 
 def tangent(q: Q, k: K, v: K, o: Q, lse: Row, dq: Q | None, dk: K | None, dv: K | None, scale, *, tiles=TILES) -> Q:

@@ -56,11 +56,12 @@ TILES = {
 }
 
 
-def forward(q: Q, k: K, v: K, scale, *, interpret=None, tiles=None) -> tuple[Q, Row]:
-    """O in the dtype of q, and lse in float32."""
+def forward(q: Q, k: K, v: K, scale, wide=False, *, interpret=None, tiles=None) -> tuple[Q, Row]:
+    """O in the dtype of q, or `wide` in float32, which lse has."""
     plan = _plan("forward", q, k, scale, tiles)
     scratch = {"top": plan.row, "total": plan.row, "o": plan.turned}
-    out = _launch(_online_kernel, plan, {"q": q, "k": k, "v": v}, ("o", "lse"), scratch, 2, interpret)
+    outputs = {"o": jnp.float32 if wide else q.dtype, "lse": jnp.float32}
+    out = _launch(_online_kernel, plan, {"q": q, "k": k, "v": v}, outputs, scratch, 2, interpret)
     return out["o"], out["lse"]
 
 
@@ -73,9 +74,8 @@ def forward_tangent(
     plan = _plan("fused", q, k, scale, tiles)
     inputs = {"q": q, "k": k, "v": v, "dq": dq, "dk": dk, "dv": dv}
     scratch = {"top": plan.row, "total": plan.row, "o": plan.turned, "r": plan.row, "do": plan.turned}
-    out = _launch(
-        _online_kernel, plan, inputs, ("o", "lse", "do"), scratch, 2 + _products_of_flow(dq, dk, dv), interpret
-    )
+    outputs = {"o": q.dtype, "lse": jnp.float32, "do": q.dtype}
+    out = _launch(_online_kernel, plan, inputs, outputs, scratch, 2 + _products_of_flow(dq, dk, dv), interpret)
     return out["o"], out["lse"], out["do"]
 
 
@@ -91,7 +91,7 @@ def tangent(
         inputs |= {"v": v, "o": o}
     scratch = {"r": plan.row, "do": plan.turned}
     products = 1 + _products_of_flow(dq, dk, dv)
-    return _launch(_tangent_kernel, plan, inputs, ("do",), scratch, products, interpret)["do"]
+    return _launch(_tangent_kernel, plan, inputs, {"do": q.dtype}, scratch, products, interpret)["do"]
 
 
 def backward(q: Q, k: K, v: K, o: Q, lse: Row, g: Q, live: Live, scale, *, interpret=None, tiles=None) -> Gradients:
@@ -108,10 +108,12 @@ def backward(q: Q, k: K, v: K, o: Q, lse: Row, g: Q, live: Live, scale, *, inter
         names = ("dk",) * live_k + ("dv",) * live_v
         scratch = dict.fromkeys(names, plan.upright)
         used = inputs | moving_scores if live_k else inputs
-        out |= _launch(_keys_kernel, plan, used, names, scratch, 1 + 2 * live_k + live_v, interpret)
+        outputs = dict.fromkeys(names, k.dtype)
+        out |= _launch(_keys_kernel, plan, used, outputs, scratch, 1 + 2 * live_k + live_v, interpret)
     if live_q:
         plan = _plan("queries", q, k, scale, tiles)
-        out |= _launch(_queries_kernel, plan, inputs | moving_scores, ("dq",), {"dq": plan.turned}, 3, interpret)
+        outputs, scratch = {"dq": q.dtype}, {"dq": plan.turned}
+        out |= _launch(_queries_kernel, plan, inputs | moving_scores, outputs, scratch, 3, interpret)
     return out.get("dq"), out.get("dk"), out.get("dv")
 
 
@@ -373,9 +375,13 @@ _PER_QUERY = ("q", "o", "g", "lse", "row")  # and their tangents and gradients; 
 _ROWS = ("lse", "row")
 
 
+def _side(name):
+    return "queries" if name.removeprefix("d") in _PER_QUERY else "keys"
+
+
 def _spec(plan, name):
     """The tile of an array: [tokens, d], or [1, tokens] of a row."""
-    side = "queries" if name.removeprefix("d") in _PER_QUERY else "keys"
+    side = _side(name)
     tile, axis = getattr(plan.tiles, side), 3 if side == plan.streams else 2
     if name in _ROWS:
         return pl.BlockSpec((None, None, 1, tile), lambda *at: (at[0], at[1], 0, at[axis]))
@@ -383,17 +389,16 @@ def _spec(plan, name):
 
 
 def _launch(kernel, plan, inputs, outputs, scratch, products, interpret):
-    """{name: array} of the outputs of a kernel: [b, l, n, d], or [b, n, l] of a row. None among inputs is left out."""
+    """{name: array} of outputs {name: dtype}: [b, l, n, d], or [b, n, l] of a row. None is no input."""
     inputs = {name: x for name, x in inputs.items() if x is not None}
-    like = inputs | {"o": inputs["q"], "do": inputs["q"], "dq": inputs["q"], "dk": inputs["k"], "dv": inputs["k"]}
     moved = {name: x[:, :, None] if name in _ROWS else x.swapaxes(1, 2) for name, x in inputs.items()}
-    b, l, n, d = like["q"].shape
-    varying = jax.typeof(like["q"]).manual_axis_type
+    b, l, n, d = inputs["q"].shape
+    tokens = {"queries": l, "keys": inputs["k"].shape[1]}
+    varying = jax.typeof(inputs["q"]).manual_axis_type
 
     def shape(name):
-        if name in _ROWS:
-            return jax.ShapeDtypeStruct((b, n, 1, l), jnp.float32, manual_axis_type=varying)
-        return jax.ShapeDtypeStruct((b, n, like[name].shape[1], d), like[name].dtype, manual_axis_type=varying)
+        size = (b, n, 1, l) if name in _ROWS else (b, n, tokens[_side(name)], d)
+        return jax.ShapeDtypeStruct(size, outputs[name], manual_axis_type=varying)
 
     def run(interpret):
         return pl.pallas_call(

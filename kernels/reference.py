@@ -7,7 +7,9 @@ and, with H = P∘Ṡ and Ṡ = (Q̇ Kᵀ + Q K̇ᵀ)·scale, the tangent (the r
     Ȯ = P V̇ + H V − rowsum(H)∘O.
 
 Everything is computed in float32 at least (float64 inputs stay float64) and O, Ȯ and the gradients are returned in the
-dtype of the inputs; lse is kept in the dtype of the computation.
+dtype of the inputs; lse is kept in the dtype of the computation. So is the O that derivatives get,
+`wide`: what all rows of V share cancels in H V − rowsum(H)∘O, but the rounding of O would not, and
+counts rowsum(H) times.
 
 Axes are b batch, l queries, m keys, n heads, d features. These functions hold whole [b, n, l, m] arrays and are here to
 be read and compared with.
@@ -50,18 +52,18 @@ def attention(q: Q, k: K, v: K, scale=None) -> Q:
     return _product("bnlm,bmnd->blnd", jax.nn.softmax(_scores(q, k, scale), axis=-1), v).astype(q.dtype)
 
 
-def forward(q: Q, k: K, v: K, scale) -> tuple[Q, Row]:
-    """O in the dtype of q, and lse in the dtype of the computation."""
+def forward(q: Q, k: K, v: K, scale, wide=False) -> tuple[Q, Row]:
+    """O in the dtype of q, or `wide` in that of the computation, which lse has."""
     s = _scores(q, k, scale)
     lse = jax.nn.logsumexp(s, axis=-1)
     p = jnp.exp(s - lse[..., None])
-    return _product("bnlm,bmnd->blnd", p, v).astype(q.dtype), lse
+    return _product("bnlm,bmnd->blnd", p, v).astype(lse.dtype if wide else q.dtype), lse
 
 
 def tangent(q: Q, k: K, v: K, o: Q, lse: Row, dq: Q | None, dk: K | None, dv: K | None, scale) -> Q:
     """Ȯ along (dq, dk, dv), of which None stands for zero and costs nothing."""
     p = jnp.exp(_scores(q, k, scale) - lse[..., None])
-    do = jnp.zeros(o.shape, lse.dtype)
+    do = jnp.zeros(q.shape, lse.dtype)
     if dv is not None:
         do += _product("bnlm,bmnd->blnd", p, dv)
     if dq is not None or dk is not None:

@@ -101,24 +101,25 @@ OTHERS = {(2, 256): Config(32, 32, 8, 1), (4, 64): Config(32, 32, 8, 1), (4, 256
 DELTA = Config(64, 64, 4, 1)
 
 
-def forward(q: Q, k: K, v: K, scale, *, launch=None) -> tuple[Q, Row]:
-    """O in the dtype of q, and lse in float32."""
-    return _forward(q, k, v, (None, None, None), scale, launch)[:2]
+def forward(q: Q, k: K, v: K, scale, wide=False, *, launch=None) -> tuple[Q, Row]:
+    """O in the dtype of q, or `wide` in float32, which lse has."""
+    return _forward(q, k, v, (None, None, None), scale, wide, launch)[:2]
 
 
 def forward_tangent(
     q: Q, k: K, v: K, dq: Q | None, dk: K | None, dv: K | None, scale, *, launch=None
 ) -> tuple[Q, Row, Q]:
     """(O, lse, Ȯ) in one pass: `forward`, and `tangent` along (dq, dk, dv), of which None costs nothing."""
-    return _forward(q, k, v, (dq, dk, dv), scale, launch)
+    return _forward(q, k, v, (dq, dk, dv), scale, False, launch)
 
 
-def _forward(q, k, v, tangents, scale, launch):
+def _forward(q, k, v, tangents, scale, wide, launch):
     sizes = _sizes(q, k, scale)
     moves = _moves(tangents)
     row = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
     arrays = (q, k, v, *_stand_ins(tangents, (q, k, v)))
-    outputs = (_like(q), row, _like(q) if any(moves.values()) else _NOTHING)
+    o = jax.ShapeDtypeStruct(q.shape, jnp.float32 if wide else q.dtype)
+    outputs = (o, row, _like(q) if any(moves.values()) else _NOTHING)
     return (launch or on_gpu)(Launch("forward", arrays, outputs, "queries", q.shape[1], sizes | moves))
 
 

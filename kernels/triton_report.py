@@ -54,6 +54,7 @@ def launches(workload, dtype):
         length = workload.k_len if alone else text.k_len
         key = Shape((workload.batch, length, workload.heads, workload.head_dim), dtype)
         lse = Shape((workload.batch, workload.heads, workload.q_len), "float32")
+        o = Shape(query.shape, "float32")
         tangents = [x if alive else None for x, alive in zip((query, key, key), live or [False] * 3, strict=True)]
         recorded = []
 
@@ -64,9 +65,9 @@ def launches(workload, dtype):
         if name.startswith("forward"):
             attention.forward_tangent(query, key, key, *tangents, scale=0.1, launch=record)
         elif name.startswith("tangent"):
-            attention.tangent(query, key, key, query, lse, *tangents, scale=0.1, launch=record)
+            attention.tangent(query, key, key, o, lse, *tangents, scale=0.1, launch=record)
         else:
-            attention.backward(query, key, key, query, lse, query, live, 0.1, launch=record)
+            attention.backward(query, key, key, o, lse, query, live, 0.1, launch=record)
         result.update({launch.kernel if name == "backward" else name: launch for launch in recorded})
     return result
 
