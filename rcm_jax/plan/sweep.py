@@ -16,7 +16,7 @@ from rcm_jax.plan.report import Planned
 from rcm_jax.run.experiment import Experiment
 from rcm_jax.util.config import revise
 
-REMATS = ("full", "save_attention", "none")  # of rcm_jax.models.layers, by what they keep
+REMATS = ("full", "save_attention", "save_products", "none")  # of rcm_jax.models.layers, by what they keep
 HEAD = "| chips | mesh data × fsdp × seq | batch | student | critic | student receives | critic receives | a cycle |"
 
 

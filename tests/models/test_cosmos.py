@@ -100,7 +100,7 @@ def test_no_mask_is_a_mask_of_zeros_and_a_mask_of_another_size_is_resized():
 def test_what_is_computed_again_changes_no_number():
     x, t, cond = inputs()
     value = jax.jit(functools.partial(apply, TINY))(random_params(), x, t, cond)
-    for remat in ("full", "save_attention"):
+    for remat in ("full", "save_attention", "save_products"):
         again = jax.jit(functools.partial(apply, replace(TINY, remat=remat)))(random_params(), x, t, cond)
         np.testing.assert_allclose(again, value, rtol=1e-5, atol=1e-6)
 

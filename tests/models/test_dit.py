@@ -36,7 +36,7 @@ def value_and_gradient(config):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "save_attention"}], ids=str)
+@pytest.mark.parametrize("change", [{"remat": remat} for remat in ("full", "save_attention", "save_products")], ids=str)
 def test_remat_changes_neither_values_nor_gradients(change):
     out, gradient = value_and_gradient(DEEP)
     other_out, other_gradient = value_and_gradient(dataclasses.replace(DEEP, **change))
@@ -118,7 +118,7 @@ def test_a_fresh_network_predicts_zero_and_its_parameters_are_float32_with_logic
         ({"patch": 0}, "patch must be at least 1, got 0"),
         ({"dtype": "float33"}, "'float33' is none of float32"),
         ({"num_heads": 3}, "num_heads 3 .*dim 16"),
-        ({"remat": "some"}, "'some' is none of none, full, save_attention"),
+        ({"remat": "some"}, "'some' is none of none, full, save_attention, save_products"),
         ({"attention": "tritn"}, "attention 'tritn' is none of auto, reference, blockwise, triton, pallas_tpu"),
     ],
 )

@@ -199,4 +199,4 @@ def test_a_stack_is_a_loop_over_layers_that_differ(remat):
 
 
 def test_every_remat_policy_is_tested():
-    assert set(REMAT_POLICIES) == {"none", "full", "save_attention"}
+    assert set(REMAT_POLICIES) == {"none", "full", "save_attention", "save_products"}

@@ -366,7 +366,7 @@ def test_products_outside_bfloat16_blocks_have_the_dtypes_of_the_policy(time_dty
         ({"num_layers": -1}, "num_layers must be at least 1, got -1"),
         ({"dtype": "float33"}, "dtype 'float33' is none of float32, bfloat16, float16, float64"),
         ({"time_dtype": "int8"}, "time_dtype 'int8' is none of float32, bfloat16, float16, float64"),
-        ({"remat": "some"}, "remat 'some' is none of none, full, save_attention"),
+        ({"remat": "some"}, "remat 'some' is none of none, full, save_attention, save_products"),
         ({"attention": "cudnn"}, "attention 'cudnn' is none of auto, reference, blockwise, triton, pallas_tpu"),
         ({"model_type": "v2v"}, "model_type 'v2v' is none of t2v, i2v"),
         ({"clip_dim": 10}, "clip_dim 10 does not fit model_type 't2v'"),
