@@ -133,15 +133,21 @@ def test_a_student_is_refused_as_teacher_and_its_teacher_is_named(trained, run_s
     assert not (tmp_path / "new").exists()
 
 
-def test_a_given_teacher_is_used_not_copied_and_a_run_that_ends_before_dmd_has_a_report(trained, run_script, tmp_path):
+def test_a_run_that_would_end_before_dmd_joins_is_refused_and_leaves_no_folder(run_script, tmp_path):
+    process = run_script("train", *TINY, "--config.train.steps=4", f"--workdir={tmp_path / 'new'}")
+    assert_refused(process, "train.steps 4 is too short: with rcm.warmup 2 DMD first updates the student in iteration 4")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_given_teacher_is_used_not_copied(trained, run_script, tmp_path):
     teacher = trained[0] / "teacher"
     before = snapshot(teacher)
-    flags = [f"--workdir={tmp_path / 'new'}", f"--config.teacher={teacher}", "--config.train.steps=1"]
+    flags = [f"--workdir={tmp_path / 'new'}", f"--config.teacher={teacher}", "--config.train.steps=5"]
     process = run_script("train", *TINY, *flags, small=True)
     assert process.returncode == 0, process.stderr
     assert not (tmp_path / "new/teacher").exists()
     assert snapshot(teacher) == before
-    assert steps_of(tmp_path / "new") == [1]
+    assert steps_of(tmp_path / "new") == [1, 2, 3, 4, 5]
     first, expected = rows_of(tmp_path / "new")[0], rows_of(trained[0])[0]
     assert first == expected  # the same teacher, seed and data: the same first step
     assert (tmp_path / "new/report/report.png").exists()
