@@ -40,6 +40,7 @@ def search(run: Experiment, programs: Programs, planned: dict[str, Planned], chi
     much whatever runs, and what by those before it needs too much.
     """
     known, seen, usable = [(programs, planned)], [{}], {}
+    heavy = [{}] if programs.held > chip.hbm else []  # too much is held whatever runs
 
     def tried(candidates):
         for changes in candidates:
@@ -47,11 +48,14 @@ def search(run: Experiment, programs: Programs, planned: dict[str, Planned], chi
                 continue
             seen.append(changes)
             attempt = _try(run, changes, known, chip, devices)
+            yield attempt
             if attempt.programs:
                 known.append((attempt.programs, attempt.steps))
-            yield attempt
-            if attempt.fits or (attempt.programs and attempt.programs.held > chip.hbm):
-                return  # in more parts it holds as much
+                if attempt.programs.held > chip.hbm:
+                    heavy.append(changes)
+                    return  # in more parts it holds as much
+            if attempt.fits:
+                return
 
     for candidates in _alone(programs, chip):
         for attempt in tried(candidates):
@@ -62,7 +66,7 @@ def search(run: Experiment, programs: Programs, planned: dict[str, Planned], chi
                 usable |= attempt.changes
     late = {name: usable.pop(name) for name in ("train.offload",) if name in usable}
     for together in (usable, usable | late):
-        for attempt in tried(_together(programs, together)):
+        for attempt in tried(_together(programs, together) if together not in heavy else ()):
             yield attempt
             if attempt.fits:
                 return
@@ -168,8 +172,8 @@ def verdict(run: Experiment, programs: Programs, attempts: list[Attempt], chip: 
     plans = [programs, *(attempt.programs for attempt in attempts if attempt.programs)]
     whole = min(each.held * each.mesh.size for each in plans)
     return (
-        f"\nno change that was tried makes it fit. State and teacher take {gib(whole)} in all: "
-        f"{math.ceil(whole / chip.hbm)} chips of {gib(chip.hbm)} at least, and what a step computes comes on top"
+        f"\nno change that was tried makes it fit. State and teacher take {gib(whole)} at least: "
+        f"{math.ceil(whole / chip.hbm)} chips of {gib(chip.hbm)}, and what a step computes comes on top"
     )
 
 
