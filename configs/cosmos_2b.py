@@ -9,8 +9,7 @@ Another resolution is another data.shape, [1, height/8, width/8, 16], both even 
 on buckets of width × height 1024×1024, 1168×880, 880×1168, 1360×768 and 768×1360; a run here has one shape. The paper
 trains 30,000 iterations at a global batch of 512 and reports GenEval 0.81 with 4 steps (teacher: 0.83); this file has
 not been run at full size. `:tiny` after its name is the same method with hardly any width, for x0 [1, 4, 6, 4] and text
-[6, 8]; `:8gpu`, `:v5p-8` and `:v6e-8` cut it to fit one machine (configs/machines.py); a method of configs/methods.py
-may follow.
+[6, 8]; `:8gpu` cuts it to fit one machine (configs/machines.py); a method of configs/methods.py may follow.
 """
 
 from ml_collections import ConfigDict

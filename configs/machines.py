@@ -3,8 +3,7 @@
 | name | chips |
 |---|---|
 | 8gpu | 8 GPUs of 80 GB on one host, such as H100 or A100 |
-| v5p-8 | 4 chips of TPU v5p: in its name Google counts cores, two for each |
-| v6e-8 | 8 chips of TPU v6e |
+| v6e-8 | a slice of 8 chips of TPU v6e |
 
 A machine says how the batch is cut and what is kept for the backward pass. The method and the global batch stay as they
 are; `:tiny` has a cut of its own. Parameters, optimizer and EMA are split over all chips. What each line needs, and
@@ -46,21 +45,11 @@ MACHINES = {
             "cosmos_2b": Fit(4),
         },
     ),
-    "v5p-8": Machine(
-        "v5p:2x2x1",
-        {
-            "wan_1_3b": Fit(32, "save_attention"),
-            "wan_14b": Fit(64, seq=4, offload=True),
-            "cosmos_0_6b": Fit(8),
-            "cosmos_2b": Fit(8),
-        },
-    ),
     "v6e-8": Machine(
         "v6e:2x4",
         {
-            "wan_1_3b": Fit(32, "save_attention"),
-            "cosmos_0_6b": Fit(8),
-            "cosmos_2b": Fit(16),
+            "wan_1_3b": Fit(32),
+            "wan_14b": "state and teacher hold 36.7 GiB of each chip's 31.25; 8 GPUs of 80 GB hold it",
         },
     ),
 }

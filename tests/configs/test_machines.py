@@ -52,8 +52,8 @@ def test_tiny_has_a_cut_of_its_own():
 
 
 def test_one_machine_at_most_and_only_where_it_has_a_line():
-    with pytest.raises(ValueError, match="names 2 machines, 8gpu, v5p-8: choose one"):
-        wan_1_3b.get_config("8gpu,v5p-8")
+    with pytest.raises(ValueError, match="names 2 machines, 8gpu, v6e-8: choose one"):
+        wan_1_3b.get_config("8gpu,v6e-8")
     with pytest.raises(ValueError, match="variant '8gpu' is none of"):
         digits.get_config("8gpu")
 
