@@ -64,9 +64,7 @@ def _push_forward(factors, tangents) -> Out:
         (x, kernel), (dx, dkernel, dbias) = factors, tangents
         terms = [] if dx is None else [_value(dx, kernel, None)]
         terms += [] if dkernel is None else [_value(x, dkernel.astype(x.dtype), None)]
-        # A bias has the shape of one row: of the rows of whatever else there is.
-        shape = (x if x is not None else dx).shape[:-1]
-        terms += [] if dbias is None else [jnp.broadcast_to(dbias, (*shape, *dbias.shape)).astype(_dtype(factors))]
+        terms += [] if dbias is None else [jnp.broadcast_to(dbias, (*x.shape[:-1], *dbias.shape)).astype(x.dtype)]
         return sum(terms[1:], terms[0])
 
     def transposed(factors, g):

@@ -148,7 +148,7 @@ class Experiment(Pretraining):
         """ValueError where training would end before a loss, or the whole of the tangent, has had its turn."""
         rcm, steps = self.rcm, self.train.steps
         needed, joins = rcm.warmup, "the tangent counts in full"
-        if rcm.has_both:
+        if rcm.consistency and rcm.dmd:
             needed, joins = rcm.warmup + rcm.dmd.update_freq, f"{rcm.dmd.label} first updates the student"
         if needed and steps <= needed:
             raise ValueError(

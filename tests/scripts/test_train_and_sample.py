@@ -135,7 +135,7 @@ def test_a_student_is_refused_as_teacher_and_its_teacher_is_named(trained, run_s
 
 def test_a_run_that_would_end_before_dmd_joins_is_refused_and_leaves_no_folder(run_script, tmp_path):
     process = run_script("train", *TINY, "--config.train.steps=4", f"--workdir={tmp_path / 'new'}")
-    assert_refused(process, "train.steps 4 is too short: with rcm.warmup 2 DMD first updates the student in iteration 4")
+    assert_refused(process, "train.steps 4 is too short", "DMD first updates the student in iteration 4")
     assert not (tmp_path / "new").exists()
 
 
