@@ -175,34 +175,36 @@ def test_what_no_method_has_is_refused_by_name(make, message):
 
 def test_rf_scm_is_the_direct_tangent_in_rectified_flow_time():
     """Against its own definition in (x_rf, tau) with a network of that convention, in float64: (5') and (6)."""
-    F, params, x_t, t, cond, F_T = problem()
-    x_rf, tau = trigflow.to_rectified_flow(x_t, t)
+    with tiny.x64():
+        F, params, x_t, t, cond, F_T = problem()
+        x_rf, tau = trigflow.to_rectified_flow(x_t, t)
 
-    def v(x_rf, tau):
-        t = jnp.arctan2(tau, 1 - tau)
-        x = x_rf * trigflow.expand(jnp.cos(t) + jnp.sin(t), x_rf)
-        return trigflow.rectified_flow_velocity(x, F(params, x, t, cond), t)
+        def v(x_rf, tau):
+            t = jnp.arctan2(tau, 1 - tau)
+            x = x_rf * trigflow.expand(jnp.cos(t) + jnp.sin(t), x_rf)
+            return trigflow.rectified_flow_velocity(x, F(params, x, t, cond), t)
 
-    v_T = trigflow.rectified_flow_velocity(x_t, F_T, t)
-    np.testing.assert_allclose(trigflow.from_rectified_flow(x_t, v_T, t), F_T, rtol=1e-12)
-    v_theta, dv = jax.jvp(v, (x_rf, tau), (v_T, jnp.ones_like(tau)))
-    for r in (0.0, 0.3, 1.0):
-        g = -(v_theta - v_T) - r * trigflow.expand(tau, dv) * dv
-        norm = jnp.sqrt(sum_squares(g))
-        expected = sum_squares(g / trigflow.expand(norm + 0.1, g))
-        values, metrics = rf_scm.loss(F, params, x_t, t, cond, F_T, r=r)
-        np.testing.assert_allclose(values, expected, rtol=1e-9)
-        np.testing.assert_allclose(metrics["tangent_norm"], norm, rtol=1e-9)
+        v_T = trigflow.rectified_flow_velocity(x_t, F_T, t)
+        np.testing.assert_allclose(trigflow.from_rectified_flow(x_t, v_T, t), F_T, rtol=1e-12)
+        v_theta, dv = jax.jvp(v, (x_rf, tau), (v_T, jnp.ones_like(tau)))
+        for r in (0.0, 0.3, 1.0):
+            g = -(v_theta - v_T) - r * trigflow.expand(tau, dv) * dv
+            norm = jnp.sqrt(sum_squares(g))
+            expected = sum_squares(g / trigflow.expand(norm + 0.1, g))
+            values, metrics = rf_scm.loss(F, params, x_t, t, cond, F_T, r=r)
+            np.testing.assert_allclose(values, expected, rtol=1e-9)
+            np.testing.assert_allclose(metrics["tangent_norm"], norm, rtol=1e-9)
 
 
-def test_rf_scm_of_a_perfect_consistency_function_has_no_residual_and_its_gradient_is_that_of_the_regression():
-    F, params, x_t, t, cond, F_T = problem()
-    values, _ = rf_scm.loss(F, params, x_t, t, cond, F_T, r=1.0)
-    gradient = jax.grad(lambda p: jnp.sum(rf_scm.loss(F, p, x_t, t, cond, F_T, r=1.0)[0]))(params)
-    assert np.isfinite(flat(gradient)).all() and np.all(values > 0)
-    # f = x0 everywhere: F = (c·x − x0)/s, for a teacher whose data are that one point.
-    x0 = jnp.ones_like(x_t)
-    point = lambda params, x, t, cond: (jnp.cos(t)[:, None] * x - x0) / jnp.sin(t)[:, None]  # noqa: E731
-    values, metrics = rf_scm.loss(point, params, x_t, t, cond, point(params, x_t, t, cond), r=1.0)
-    np.testing.assert_allclose(metrics["residual"], 0, atol=1e-12)
-    np.testing.assert_allclose(values, 0, atol=1e-20)
+def test_rf_scm_of_a_perfect_consistency_function_has_neither_a_residual_nor_a_loss():
+    with tiny.x64():
+        F, params, x_t, t, cond, F_T = problem()
+        values, _ = rf_scm.loss(F, params, x_t, t, cond, F_T, r=1.0)
+        gradient = jax.grad(lambda p: jnp.sum(rf_scm.loss(F, p, x_t, t, cond, F_T, r=1.0)[0]))(params)
+        assert np.isfinite(flat(gradient)).all() and np.all(values > 0)
+        # f = x0 everywhere: F = (c·x − x0)/s, for a teacher whose data are that one point.
+        x0 = jnp.ones_like(x_t)
+        point = lambda params, x, t, cond: (jnp.cos(t)[:, None] * x - x0) / jnp.sin(t)[:, None]  # noqa: E731
+        values, metrics = rf_scm.loss(point, params, x_t, t, cond, point(params, x_t, t, cond), r=1.0)
+        np.testing.assert_allclose(metrics["residual"], 0, atol=1e-12)
+        np.testing.assert_allclose(values, 0, atol=1e-20)
