@@ -122,7 +122,7 @@ def test_a_network_predicts_what_its_record_says_unless_the_config_does():
         ({"data": {"kind": "cifar"}}, r"config.data.kind is 'cifar'; it must be one of digits, latents"),
         ({"rcm": {"dmd": None}}, r"config.rcm: dmd and fake_score belong together"),
         ({"rcm": {"consistency": {}, "weighting": {}, "dmd": {"scale": 2.0}}}, None),
-        ({"rcm": {"consistency": {}}}, r"config.rcm.consistency.kind is None; it must be one of scm, dcm"),
+        ({"rcm": {"consistency": {}}}, r"config.rcm.consistency.kind is None; it must be one of scm, rf_scm, dcm"),
     ],
 )
 def test_experiments_that_cannot_be_are_refused(changes, message):
