@@ -28,6 +28,7 @@ from rcm_jax.run.experiment import Experiment
 from rcm_jax.util.config import revise, to_mapping
 
 Change = Callable[[Experiment], Experiment]
+WITHOUT_DMD = {"rcm.dmd": None, "rcm.fake_score": None, "fake_start": ""}
 
 
 def choose(run: Experiment, variant: str, variants: Mapping[str, Change]) -> Experiment:
@@ -67,7 +68,7 @@ def student_updates(run: Experiment) -> int:
 
 
 def scm(run):
-    return revise(run, {"train.steps": student_updates(run), "rcm.dmd": None, "rcm.fake_score": None})
+    return revise(run, {"train.steps": student_updates(run)} | WITHOUT_DMD)
 
 
 def scm_semi(run):
@@ -107,8 +108,7 @@ def dcm_dmd(run):
 
 
 def dcm(run):
-    updates = student_updates(run)
-    alone = {"rcm.dmd": None, "rcm.fake_score": None, "rcm.warmup": 0, "train.steps": updates}
+    alone = {"rcm.warmup": 0, "train.steps": student_updates(run)} | WITHOUT_DMD
     return revise(run, {"rcm.consistency": DcmConfig(scale=run.rcm.consistency.scale)} | alone)
 
 

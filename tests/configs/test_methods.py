@@ -9,6 +9,7 @@ from configs import cosmos_0_6b, cosmos_2b, cosmos_14b, digits, methods, mixture
 from rcm_jax.method import denoiser
 from rcm_jax.run import experiment
 from rcm_jax.train.steps import rcm_method, rcm_phase, student_updates
+from rcm_jax.util.config import revise
 from tests import tiny
 
 MODULES = (digits, mixture, wan_1_3b, wan_14b, cosmos_0_6b, cosmos_2b, cosmos_14b)
@@ -128,6 +129,11 @@ def test_a_recipe_has_the_updates_of_its_config_each_stage_from_the_one_before(m
     updates = sum(student_updates(stage.rcm, stage.train.steps) for stage in stages.values())
     assert abs(updates - student_updates(run.rcm, run.train.steps)) <= 2
     assert all(stage.rcm.warmup == 0 for stage in stages.values())
+
+
+def test_a_fake_score_of_its_own_is_for_the_stages_that_have_one():
+    stages = methods.stages(revise(digits.EXPERIMENT, {"fake_start": "other"}), "staged")
+    assert [stage.fake_start for stage in stages.values()] == ["", "", "other"]
 
 
 def test_a_recipe_that_is_none_or_of_another_method_is_refused():

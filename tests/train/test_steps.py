@@ -100,7 +100,7 @@ def test_critic_phase_moves_the_fake_score_alone():
     assert differs(after.fake_score.params, before.fake_score.params)
     assert after.fake_score.updates == 1
     assert_trees_equal((after.student, after.ema), (before.student, before.ema))
-    assert set(metrics) == {"critic/loss", "critic/grad_norm", "critic/skipped"}
+    assert set(metrics) == {"critic/loss", "critic/nonfinite", "critic/grad_norm", "critic/skipped", "nonfinite"}
 
 
 def test_warmup_phase_has_no_dmd():
@@ -193,14 +193,17 @@ def test_dmd_metrics_of_a_student_step_are_those_of_the_loss_on_its_draws():
         np.testing.assert_allclose(metrics[f"dmd/{name}"], jnp.mean(value), rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("parts", [1, 4])
-def test_a_sample_that_is_not_finite_is_known_by_its_place_in_the_batch(parts):
+@pytest.mark.parametrize(
+    ("phase", "loss", "parts"), [("student", "scm", 1), ("student", "scm", 4), ("diffusion", "diffusion", 1)]
+)
+def test_a_sample_that_is_not_finite_is_known_by_its_place_in_the_batch(phase, loss, parts):
     F, _ = tiny.dit()
     data = jax.tree.map(lambda x: jnp.concatenate([x] * 2), batch())
     data["x0"] = data["x0"].at[5].set(jnp.nan)
-    _, metrics = jax.jit(tiny.distillation(F, parts).steps["student"])(start(), teacher(), data, jax.random.key(0))
+    made = tiny.pretraining(F, parts) if phase == "diffusion" else tiny.distillation(F, parts)
+    _, metrics = jax.jit(made.steps[phase])(start(phase=phase), teacher(), data, jax.random.key(0))
     assert metrics["nonfinite"].tolist() == [float(i == 5) for i in range(2 * tiny.BATCH)]
-    assert float(metrics["scm/nonfinite"]) == pytest.approx(1 / (2 * tiny.BATCH))
+    assert float(metrics[f"{loss}/nonfinite"]) == pytest.approx(1 / (2 * tiny.BATCH))
 
 
 def test_rollout_lengths_take_every_value_up_to_the_largest_and_the_last_carries_the_gradient():

@@ -36,7 +36,7 @@ class DiffusionConfig(Objective):
         without = denoiser.without(cond, given.teacher.uncond)
         cond = jax.tree.map(lambda c, u: jnp.where(trigflow.expand(drop, c), u, c), cond, without)
         values = loss(given.F.student(given.student, trigflow.diffuse(x0, eps, t), t, cond), x0, eps, t)
-        return Term(values / x0[0].size, {"loss": values}, t)
+        return Term(values / x0[0].size, {"loss": values, "nonfinite": 1.0 - jnp.isfinite(values)}, t)
 
 
 def loss(F: Batch, x0: Batch, eps: Batch, t: Times) -> Times:

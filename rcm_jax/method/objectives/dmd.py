@@ -66,7 +66,7 @@ class DmdConfig(Matching):
         eps = jax.random.normal(keys["noise"], x0.shape)
         F = given.F.fake_score(given.fake_score, trigflow.diffuse(x0, eps, t), t, given.batch["cond"])
         values = diffusion.loss(F, x0, eps, t)
-        return Term(values, {"loss": values}, t)
+        return Term(values, {"loss": values, "nonfinite": 1.0 - jnp.isfinite(values)}, t)
 
     def rollout(self, given: Given, key) -> Batch:
         """A rollout of n steps (n traced) on the conditions of the batch."""
