@@ -36,7 +36,7 @@ for name, value in SETTINGS.items():
 import jax  # noqa: E402
 from absl import flags  # noqa: E402
 
-from rcm_jax.plan import chips, remedy, report, sweep  # noqa: E402
+from rcm_jax.plan import remedy, report, sweep, topologies  # noqa: E402
 from rcm_jax.plan.program import prepare  # noqa: E402
 
 CONFIG = common.config_flag()
@@ -69,7 +69,7 @@ def main():
         compare(run)
         return
     [topology] = TOPOLOGY.value
-    chip, devices = chips.devices(topology)
+    chip, devices = topologies.devices(topology)
     if SWEEP.value:
         try_all(run, chip, devices)
         return

@@ -16,8 +16,8 @@ from rcm_jax.data import LatentsConfig
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.kernels import triton  # pyright: ignore[reportAttributeAccessIssue]
 from rcm_jax.kernels.attention import KERNELS  # pyright: ignore[reportMissingImports]
+from rcm_jax.parallel.chips import Chip
 from rcm_jax.parallel.sharding import HOST, has_host_memory, make_mesh
-from rcm_jax.plan.chips import Chip
 from rcm_jax.run.experiment import Experiment
 from rcm_jax.run.program import Program, assemble, make_network, zeros
 from rcm_jax.util.config import revise

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from rcm_jax.kernels.attention import KERNELS  # pyright: ignore[reportMissingImports]
 from rcm_jax.models import token_grid
+from rcm_jax.parallel.chips import Chip
 from rcm_jax.parallel.sharding import has_host_memory
 from rcm_jax.plan import report
-from rcm_jax.plan.chips import Chip
 from rcm_jax.plan.program import Programs, prepare
 from rcm_jax.plan.report import Planned, gib
 from rcm_jax.run.experiment import Experiment

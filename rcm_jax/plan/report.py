@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from rcm_jax.plan import chips, hlo
-from rcm_jax.plan.chips import Chip
+from rcm_jax.parallel import hlo
+from rcm_jax.parallel.chips import Chip
+from rcm_jax.plan import topologies
 from rcm_jax.plan.program import Compiled, Programs, compile_program
 
 
@@ -65,7 +66,7 @@ def need(compiled: Compiled, programs: Programs, chip: Chip) -> Need | None:
     memory: Any = compiled.executable.memory_analysis()
     work = hlo.read(compiled.executable.as_text() or "", open_trips(programs))
     traffic = memory.argument_size_in_bytes + 2 * work.written
-    network = sum(c.times * chips.seconds(chip, c) for c in work.collectives)
+    network = sum(c.times * topologies.seconds(chip, c) for c in work.collectives)
     estimate = Estimate(work.flops / chip.flops, traffic / chip.bandwidth, network)
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     sizes = memory.argument_size_in_bytes, outputs, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
@@ -142,14 +143,14 @@ def beyond_default(peak: float, chip: Chip) -> str:
 
 def received(work: hlo.Work) -> float:
     """Bytes that a chip gets from others in one run."""
-    return sum(c.times * chips.moved(c) for c in work.collectives)
+    return sum(c.times * topologies.moved(c) for c in work.collectives)
 
 
 def _collectives(work: hlo.Work) -> Iterator[str]:
     """By kind."""
     for kind in hlo.COLLECTIVES:
         if those := [c for c in work.collectives if c.kind == kind]:
-            total = sum(c.times * chips.moved(c) for c in those)
+            total = sum(c.times * topologies.moved(c) for c in those)
             groups = "/".join(map(str, sorted({len(c.group) for c in those})))
             runs = sum(c.times for c in those)
             yield f"{kind}: {total / 1e9:.4g} GB received in {runs:g} runs, groups of {groups}"

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from rcm_jax.media.picture import GREY, INK, RULE, SERIES, figure, save_figure
 from rcm_jax.models import token_grid
+from rcm_jax.parallel.chips import Chip
 from rcm_jax.parallel.sharding import MeshConfig
-from rcm_jax.plan import chips, report
-from rcm_jax.plan.chips import Chip
+from rcm_jax.plan import report, topologies
 from rcm_jax.plan.program import Programs, prepare
 from rcm_jax.plan.report import Planned
 from rcm_jax.run.experiment import Experiment
@@ -65,10 +65,10 @@ def sweep(run: Experiment, chip: Chip, devices, remats=REMATS) -> Iterator[Row]:
                 break
 
 
-def scale(run: Experiment, topologies: Iterable[str], batch_per_chip: int | None = None) -> Iterator[tuple[str, Row]]:
-    """(topology, its row) of the same config; with a batch of so many for each chip, if given."""
-    for topology in topologies:
-        chip, devices = chips.devices(topology)
+def scale(run: Experiment, names: Iterable[str], batch_per_chip: int | None = None) -> Iterator[tuple[str, Row]]:
+    """(topology, its row) of the same config on topologies by name; with a batch of so many for each chip, if given."""
+    for topology in names:
+        chip, devices = topologies.devices(topology)
         batch = batch_per_chip * len(devices) if batch_per_chip else run.train.batch_size
         yield topology, plan_row(revise(run, {"train.batch_size": batch}), chip, devices)
 

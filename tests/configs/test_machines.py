@@ -10,7 +10,7 @@ from configs import digits, machines, methods, wan_1_3b
 from configs.machines import MACHINES, Fit
 from rcm_jax.models import check_network
 from rcm_jax.parallel.sharding import check_batch, make_mesh
-from rcm_jax.plan import chips
+from rcm_jax.plan import topologies
 from rcm_jax.plan.program import prepare
 from rcm_jax.run.experiment import from_mapping
 from rcm_jax.util.config import revise
@@ -48,7 +48,7 @@ def test_what_does_not_fit_says_what_would():
 def test_tiny_has_a_cut_of_its_own():
     run = run_of("wan_14b", "8gpu,tiny,scm")
     assert run == run_of("wan_14b", "scm,tiny,8gpu") and run.train.accumulate == run.mesh.data == 1
-    prepare(run, *chips.devices("cpu:8"))
+    prepare(run, *topologies.devices("cpu:8"))
 
 
 def test_one_machine_at_most_and_only_where_it_has_a_line():

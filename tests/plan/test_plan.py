@@ -12,8 +12,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from rcm_jax.kernels.attention import flash_attention
+from rcm_jax.parallel import chips, hlo
 from rcm_jax.parallel.sharding import MeshConfig, make_mesh
-from rcm_jax.plan import chips, hlo, program, report, sweep
+from rcm_jax.plan import program, report, sweep, topologies
 from rcm_jax.plan.program import Compiled, compile_program, prepare
 from rcm_jax.run.experiment import from_mapping
 from rcm_jax.util.config import revise
@@ -30,7 +31,7 @@ def run_of(name, variant="tiny", **mesh):
 
 def plan(run, topology, names=None):
     """(programs, {name: planned}, all that would be printed)"""
-    chip, devices = chips.devices(topology)
+    chip, devices = topologies.devices(topology)
     programs = prepare(run, chip, devices)
     planned = dict(report.plan(programs, chip, names))
     words = [report.head(programs, chip, topology), *(report.describe(n, p, chip) for n, p in planned.items())]
@@ -76,14 +77,14 @@ def test_every_program_of_every_kind_of_run_can_be_lowered():
         ("wan_1_3b", "tiny,sct", {"student", "sampler"}),
         ("mixture", "", {"student", "critic", "sampler"}),
     ]:
-        chip, devices = chips.devices("cpu:1")
+        chip, devices = topologies.devices("cpu:1")
         programs = prepare(run_of(name, variant, data=1, fsdp=1), chip, devices)
         assert set(programs.lower) == expected
         programs.lower["student"]()
 
 
 def test_what_the_run_would_refuse_is_refused():
-    chip, devices = chips.devices("cpu:8")
+    chip, devices = topologies.devices("cpu:8")
     with pytest.raises(ValueError, match="batch size 8 does not divide over data × fsdp = 1 × 3"):
         prepare(run_of("wan_14b", fsdp=3), chip, devices[:3])
     with pytest.raises(ValueError, match="cannot be compiled here"):
@@ -113,20 +114,20 @@ class TestAttention:
         assert not program._outside_shard_map(jax.make_jaxpr(jax.jit(inside))(x).jaxpr)
 
     def test_the_choice_is_said(self, monkeypatch):
-        v5p, devices = chips.CHIPS["v5p"], chips.devices("cpu:1")[1]
+        v5p, devices = chips.CHIPS["v5p"], topologies.devices("cpu:1")[1]
         run = run_of("cosmos_14b", data=1, fsdp=1)
         assert prepare(run, v5p, devices).note == 'attention "pallas_tpu"'
         monkeypatch.setattr(program, "_outside_shard_map", lambda jaxpr: True)
         run = revise(run, {"mesh.fsdp": 8})
-        programs = prepare(run, v5p, chips.devices("cpu:8")[1])
+        programs = prepare(run, v5p, topologies.devices("cpu:8")[1])
         assert programs.attention == "blockwise" and "NOT the kernels" in programs.note
         monkeypatch.setattr(program, "installed", lambda package: False)
-        assert "jax-triton is not installed" in prepare(run, chips.CHIPS["h100"], chips.devices("cpu:8")[1]).note
+        assert "jax-triton is not installed" in prepare(run, chips.CHIPS["h100"], topologies.devices("cpu:8")[1]).note
 
 
 def test_the_script_says_in_a_line_what_is_wrong():
     arguments = ["--config=wan_14b.py", "--topology=v5q:4x4x4"]
-    root = chips.pathlib.Path(__file__).resolve().parent.parent.parent
+    root = topologies.pathlib.Path(__file__).resolve().parent.parent.parent
     done = subprocess.run([sys.executable, "scripts/plan.py", *arguments], cwd=root, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: topology 'v5q:4x4x4' is none of")
 
@@ -135,11 +136,11 @@ class TestChips:
     @pytest.mark.parametrize("topology", ["v5p", "h300:1x8", "v5p:0x4", "h100:8x", "cpu:8; rm"])
     def test_unknown(self, topology):
         with pytest.raises(ValueError, match="is none of CHIP:SIZES"):
-            chips.devices(topology)
+            topologies.devices(topology)
 
     def test_too_many(self):
         with pytest.raises(ValueError, match="xla_force_host_platform_device_count=64"):
-            chips.devices("cpu:64")
+            topologies.devices("cpu:64")
 
     @pytest.mark.parametrize(
         "topology, package, words",
@@ -153,12 +154,12 @@ class TestChips:
         if installed(package):
             pytest.skip(f"{package} is here")
         with pytest.raises(ValueError, match=words):
-            chips.devices(topology)
+            topologies.devices(topology)
 
     def test_descriptions_of_gpus_say_what_the_table_says(self):
         for chip in chips.CHIPS.values():
             if chip.target:
-                text = (chips.pathlib.Path(chips.__file__).parent / chip.target).read_text()
+                text = (topologies.pathlib.Path(topologies.__file__).parent / chip.target).read_text()
                 assert f"device_memory_size: {chip.hbm:.0f}" in text
                 assert float(text.split("memory_bandwidth: ")[1].split()[0]) == pytest.approx(chip.bandwidth, rel=0.01)
 
@@ -166,13 +167,13 @@ class TestChips:
         """8 hosts × 8: a group of 64 over the network between hosts, one of 8 within."""
         h100, v5p = chips.CHIPS["h100"], chips.CHIPS["v5p"]
         everywhere = hlo.Collective("all-reduce", 64_000, tuple(range(64)), 1)
-        assert chips.moved(everywhere) == 2 * 63_000
-        assert chips.seconds(h100, everywhere) == 2 * 64_000 / 8 * 7 / 8 / h100.network
-        assert chips.seconds(v5p, everywhere) == 2 * 63_000 / v5p.link
+        assert topologies.moved(everywhere) == 2 * 63_000
+        assert topologies.seconds(h100, everywhere) == 2 * 64_000 / 8 * 7 / 8 / h100.network
+        assert topologies.seconds(v5p, everywhere) == 2 * 63_000 / v5p.link
         gathered = hlo.Collective("all-gather", 1_000, tuple(range(64)), 1)
-        assert chips.seconds(h100, gathered) == max(7_000 / h100.network, 63_000 / h100.link)
+        assert topologies.seconds(h100, gathered) == max(7_000 / h100.network, 63_000 / h100.link)
         within = hlo.Collective("all-to-all", 8_000, tuple(range(8)), 1)
-        assert chips.seconds(h100, within) == 7_000 / h100.link
+        assert topologies.seconds(h100, within) == 7_000 / h100.link
 
 
 class TestSweep:
@@ -183,7 +184,7 @@ class TestSweep:
         assert len(found) == len(set(found)) == 4 + 3
 
     def test_tokens_of_a_run(self):
-        chip, devices = chips.devices("cpu:1")
+        chip, devices = topologies.devices("cpu:1")
         for name, tokens in [("wan_14b", 21 * 30 * 52), ("cosmos_14b", 48 * 85)]:
             programs = prepare(run_of(name, "", data=1, fsdp=1, seq=1), chip, devices)
             assert sweep.tokens_of(programs) == tokens
@@ -216,7 +217,7 @@ class TestSweep:
 
     @pytest.mark.slow
     def test_a_sweep(self):
-        chip, devices = chips.devices("cpu:2")
+        chip, devices = topologies.devices("cpu:2")
         rows = list(sweep.sweep(run_of("wan_14b"), chip, devices, ["full"]))
         assert [row.mesh for row in rows] == [(1, 2, 1), (2, 1, 1), (1, 1, 2)]
         assert all(row.seconds < 1 for row in rows)

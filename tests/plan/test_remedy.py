@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from rcm_jax.plan import chips, remedy, report
+from rcm_jax.plan import remedy, report, topologies
 from rcm_jax.plan.program import prepare
 from rcm_jax.plan.report import Estimate, Need, Planned
 from rcm_jax.run.experiment import from_mapping
@@ -45,7 +45,7 @@ def compiled(monkeypatch):
 
 def search(run, topology, hbm):
     """(programs, attempts, what is printed at the end), of a chip with that much memory."""
-    chip, devices = chips.devices(topology)
+    chip, devices = topologies.devices(topology)
     chip = chip._replace(hbm=hbm)
     programs = prepare(run, chip, devices)
     planned = dict(report.plan(programs, chip)) if programs.held <= hbm else {}
@@ -56,7 +56,7 @@ def search(run, topology, hbm):
 class TestOrder:
     def test_the_batch_is_cut_and_what_cannot_fit_is_not_compiled(self, compiled):
         run = run_of("wan_1_3b", "tiny,scm", train__batch_size=64, model__remat="full")
-        held = prepare(run, *chips.devices("cpu:2")).held
+        held = prepare(run, *topologies.devices("cpu:2")).held
         _, attempts, words = search(run, "cpu:2", held + 9 * SAMPLE)
         assert [attempt.changes for attempt in attempts] == [{"train.accumulate": parts} for parts in (2, 4)]
         assert [attempt.fits for attempt in attempts] == [False, True]
@@ -74,7 +74,7 @@ class TestOrder:
     def test_changes_alone_then_together_then_a_sample_over_more_chips(self, compiled):
         """A sample that keeps everything on each of two chips, with room for less than one that keeps little."""
         run = run_of("wan_1_3b", "tiny,scm", train__batch_size=2, model__remat="none", mesh__data=2, mesh__fsdp=1)
-        held = prepare(run, *chips.devices("cpu:2")).held
+        held = prepare(run, *topologies.devices("cpu:2")).held
         _, attempts, words = search(run, "cpu:2", held + 0.75 * SAMPLE)
         split, again = {"mesh.data": 1, "mesh.fsdp": 2}, {"model.remat": "full"}
         shared = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.seq": 2, "train.accumulate": 2}

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from rcm_jax.parallel import hlo
 from rcm_jax.parallel.sharding import MeshConfig, make_mesh
-from rcm_jax.plan import hlo
 
 F32 = 4  # bytes
 

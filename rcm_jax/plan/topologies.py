@@ -1,42 +1,17 @@
-"""Accelerators, and topologies of them that are not here: devices to compile for, without one to run on."""
+"""Topologies of accelerators that are not here: devices to compile for, and how long they exchange at least."""
 
 import math
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
 
-from rcm_jax.plan.hlo import Collective
+from rcm_jax.parallel.chips import CHIPS, Chip
+from rcm_jax.parallel.hlo import Collective
 from rcm_jax.util.extras import installed
 
-
-class Chip(NamedTuple):
-    """What one chip can do at most; bytes, FLOP/s and bytes/s in one direction."""
-
-    platform: str
-    hbm: float
-    flops: float  # bfloat16, dense
-    bandwidth: float  # of HBM
-    link: float  # to the chips beside it, all links together
-    host: int = 0  # chips of a host, where hosts are joined by a slower network; 0: there is none
-    network: float = 0.0  # of that, for each chip
-    target: str = ""  # XLA's description, for GPUs
-
-
-# TPUs: cloud.google.com/tpu/docs/{v5e,v5p,v6e}; interconnect there is counted in both directions, here in one. HBM is
-# what the TPU compiler says is available. GPUs: NVIDIA's H100 and H200 SXM data sheets (dense bfloat16, NVLink 900 GB/s
-# in both directions); 400 Gb/s of network for each GPU, as in a DGX; HBM as the driver reports it.
-CHIPS = {
-    "v5e": Chip("tpu", 15.75 * 2**30, 197e12, 0.82e12, 200e9),
-    "v5p": Chip("tpu", 95.74 * 2**30, 459e12, 2.765e12, 600e9),
-    "v6e": Chip("tpu", 31.25 * 2**30, 918e12, 1.6e12, 400e9),
-    "h100": Chip("gpu", 84_978_434_048, 989e12, 3.35e12, 450e9, 8, 50e9, "h100_sxm.txtpb"),
-    "h200": Chip("gpu", 150_000_000_000, 989e12, 4.8e12, 450e9, 8, 50e9, "h200_sxm.txtpb"),
-    "cpu": Chip("cpu", 16 * 2**30, 1e11, 2e10, 1e10),  # made up: to try the plan itself
-}
 TPU_HELP = "pip install 'rcm-jax[tpu]'"
 GPU_HELP = f"pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
 
