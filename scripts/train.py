@@ -10,6 +10,7 @@ is who, else with --coordinator=HOST:PORT --processes=N --process=I. DIR must be
 
 import common  # noqa: I001  (puts the checkout on the path)
 import pathlib
+import re
 import time
 
 import jax
@@ -31,6 +32,8 @@ HEARTBEAT = flags.DEFINE_integer(
     "heartbeat", distributed.HEARTBEAT, "Seconds of silence after which a process counts as dead.", lower_bound=1
 )
 RECIPE = flags.DEFINE_string("recipe", None, "Several methods, one after another: a name in configs/methods.RECIPES.")
+PROFILE = flags.DEFINE_string("profile", None, "START:END, steps of the distillation: a trace goes to DIR/profile.")
+CACHE = flags.DEFINE_string("cache", None, "Folder of compiled programs; DIR/cache if not given, none if empty.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -56,14 +59,33 @@ def train_all(say):
     """Yields (what to call it, what came of it) of the run or, one after another, of the stages of a recipe."""
     run = common.experiment(CONFIG)
     if not RECIPE.value:
-        yield "", pipeline.train(run, WORKDIR.value)
+        yield "", pipeline.train(run, WORKDIR.value, read_profile(), read_cache())
         return
+    if PROFILE.value:
+        raise ValueError("--profile is for one training: leave --recipe out, or --profile")
     folder, start, teacher = pathlib.Path(WORKDIR.value), run.start, run.teacher
     for name, stage in methods.stages(run, RECIPE.value).items():
         say(f"{name}: {stage.rcm.name}, {stage.train.steps} iterations")
-        trained = pipeline.train(revise(stage, {"start": start, "teacher": teacher}), folder / name)
+        run = revise(stage, {"start": start, "teacher": teacher})
+        trained = pipeline.train(run, folder / name, cache=read_cache())
         yield f"{name}: ", trained
         start, teacher = str(trained.folder), str(trained.teacher_folder or "")
+
+
+def read_profile() -> tuple[int, int] | None:
+    """The two steps of --profile."""
+    if PROFILE.value is None:
+        return None
+    if not (found := re.fullmatch(r"(\d+):(\d+)", PROFILE.value)):
+        raise ValueError(f"--profile={PROFILE.value} must be START:END, two steps such as 100:105")
+    return int(found[1]), int(found[2])
+
+
+def read_cache() -> pathlib.Path | None:
+    """The folder of --cache; None if there is to be none, or if JAX knows one already (JAX_COMPILATION_CACHE_DIR)."""
+    if CACHE.value is None:
+        return None if jax.config.jax_compilation_cache_dir else pathlib.Path(WORKDIR.value) / "cache"
+    return pathlib.Path(CACHE.value) if CACHE.value else None
 
 
 def report(trained, started: float, say) -> None:

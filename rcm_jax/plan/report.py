@@ -64,7 +64,7 @@ def need(compiled: Compiled, programs: Programs, chip: Chip) -> Need | None:
     if compiled.executable is None:
         return None
     memory: Any = compiled.executable.memory_analysis()
-    work = hlo.read(compiled.executable.as_text() or "", open_trips(programs))
+    work = hlo.read(compiled.executable.as_text() or "", programs.run.rcm.open_trips)
     traffic = memory.argument_size_in_bytes + 2 * work.written
     network = sum(c.times * topologies.seconds(chip, c) for c in work.collectives)
     estimate = Estimate(work.flops / chip.flops, traffic / chip.bandwidth, network)
@@ -72,11 +72,6 @@ def need(compiled: Compiled, programs: Programs, chip: Chip) -> Need | None:
     sizes = memory.argument_size_in_bytes, outputs, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
     once = (compiled.executable.cost_analysis() or {}).get("flops", 0.0)
     return Need(*sizes, once, work, estimate)
-
-
-def open_trips(programs: Programs) -> float:
-    """Mean steps of a rollout but the last, which is no loop: N is uniform on 1 to max_rollout."""
-    return (programs.run.rcm.dmd.max_rollout - 1) / 2 if programs.run.rcm.dmd else 1.0
 
 
 def fits(planned: Planned, chip: Chip) -> bool:

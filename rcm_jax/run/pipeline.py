@@ -1,18 +1,21 @@
 """From an experiment to a trained student: its data, its teacher or start, its distillation, all in a workdir."""
 
+import math
 import pathlib
 from typing import NamedTuple
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from rcm_jax import data
-from rcm_jax.data.dataset import Dataset, batches
+from rcm_jax.data.dataset import Dataset, batches, random_access
 from rcm_jax.parallel import distributed
 from rcm_jax.parallel.sharding import make_mesh
 from rcm_jax.run import previews, workdir
 from rcm_jax.run.experiment import Experiment
 from rcm_jax.run.program import Program, assemble
 from rcm_jax.train import checkpoint, trainer
+from rcm_jax.train.console import say
 from rcm_jax.train.metrics import wandb_library
 from rcm_jax.train.state import Teacher, TrainState
 from rcm_jax.train.trainer import Training
@@ -36,8 +39,11 @@ class Trained(NamedTuple):
         return self.program.dataset
 
 
-def train(run: Experiment, folder) -> Trained:
+def train(run: Experiment, folder, profile: tuple[int, int] | None = None, cache=None) -> Trained:
     """Runs an experiment, or goes on with it, in a workdir.
+
+    profile: two steps of the distillation, between which a trace is written to folder/profile. cache: a folder for
+    compiled programs, so that a run that goes on need not compile them again; None: as JAX is set.
 
     Raises ValueError, before anything is written, for a config that does not fit the data, the devices or the teacher;
     trainer.Interrupted if asked to stop.
@@ -57,13 +63,39 @@ def train(run: Experiment, folder) -> Trained:
         step = workdir.check_teacher(run)
         params = checkpoint.restore_item(teacher_folder, "ema", program.params, step)
     starts = read_starts(program) if checkpoint.is_empty(folder) else {}
+    trainer.check_trace(profile, 0, run.train.steps)
     workdir.claim(folder, run)
+    if cache is not None:
+        keep_programs(cache)
+    say(introduce(program))
     if program.pretraining:
         teacher_folder = folder / "teacher"
         workdir.claim(teacher_folder, run.pretraining)
         params = pretrain(program, program.pretraining, teacher_folder).ema
-    state, teacher = distil(program, params, folder, **starts)
+    state, teacher = distil(program, params, folder, profile=profile, **starts)
     return Trained(program, teacher, teacher_folder, folder, state)
+
+
+def introduce(program: Program) -> str:
+    """What is about to run, in two lines: the method, the network, the devices; the data and how long."""
+    run, mesh = program.run, program.mesh
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.params))
+    network = type(run.model).__name__.removesuffix("Config")
+    devices = f"{mesh.size} × {mesh.devices.flat[0].device_kind}"
+    axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    first = f"{run.pretrain.train.steps:,} of pretraining, then " if program.pretraining and run.pretrain else ""
+    examples = len(random_access(program.dataset.train))
+    return (
+        f"{run.rcm.name}: {network} of {count:,} parameters on {devices} (mesh {axes}), JAX {jax.__version__}\n"
+        f"{first}{run.train.steps:,} steps of {run.train.batch_size} samples {list(program.sample_shape)}; "
+        f"{examples:,} examples"
+    )
+
+
+def keep_programs(folder) -> None:
+    """From now on compiled programs are kept in a folder, and taken from it. Those of a second and less are not."""
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).absolute()))
+    compilation_cache.reset_cache()  # JAX would not look again
 
 
 def read_starts(program: Program) -> dict:
@@ -93,10 +125,11 @@ def pretrain(program: Program, training: Training, folder) -> TrainState:
     return trainer.fit(training, state, program.teacher(None), stream, folder, shown)
 
 
-def distil(program: Program, params, folder, student=None, fake_score=None) -> tuple[TrainState, Teacher]:
+def distil(program: Program, params, folder, student=None, fake_score=None, profile=None) -> tuple[TrainState, Teacher]:
     """Distil a teacher of given parameters, or (None) without one; returns the last state and teacher.
 
-    student, fake_score: what they start from; None: the teacher or, without one, random parameters. All are given up.
+    student, fake_score: what they start from; None: the teacher or, without one, random parameters. All are given
+    up. profile: as in `train`.
     """
     run, training = program.run, program.distillation
     start = params if student is None else student
@@ -111,7 +144,7 @@ def distil(program: Program, params, folder, student=None, fake_score=None) -> t
     teacher = program.teacher(params)
     stream = _stream(training, program.dataset, run.seed + 1)
     shown = previews.hook(program, program.student_sampler(), folder)
-    return trainer.fit(training, state, teacher, stream, folder, shown), teacher
+    return trainer.fit(training, state, teacher, stream, folder, shown, profile), teacher
 
 
 def _stream(training: Training, dataset: Dataset, seed: int):

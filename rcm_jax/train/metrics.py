@@ -1,4 +1,7 @@
-"""Training metrics: one JSON line a step logged, TensorBoard events, and Weights & Biases if asked for."""
+"""Training metrics: one JSON line a step logged, TensorBoard events, and Weights & Biases if asked for.
+
+What is learned and how fast are two files: the first is the same whenever and wherever a run is made again.
+"""
 
 import json
 import math
@@ -15,13 +18,17 @@ from rcm_jax.util.files import write_text
 
 
 class MetricsWriter:
-    """Writes workdir/metrics.jsonl and TensorBoard events. Opened at the step of a resume, it forgets later lines."""
+    """Writes metrics.jsonl, pace.jsonl and TensorBoard events to a workdir.
+
+    Opened at the step of a resume, it forgets later lines.
+    """
 
     def __init__(self, workdir, step: int, wandb: bool = False):
         workdir = pathlib.Path(workdir)
-        self.path = workdir / "metrics.jsonl"
-        kept = [row for row in read_metrics(workdir) if row["step"] <= step]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.paths = [workdir / "metrics.jsonl", workdir / "pace.jsonl"]
+        for path in self.paths:
+            kept = [row for row in _rows(path) if row["step"] <= step]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         self.wandb = None
         if wandb:
@@ -33,15 +40,16 @@ class MetricsWriter:
                 project="rcm_jax", name=workdir.name, id=note.read_text(), resume="allow", dir=str(workdir)
             )
 
-    def write(self, step: int, values: dict) -> None:
-        """One line of {name: number}; a number that is not finite is written as null."""
-        row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in values.items():
+    def write(self, step: int, values: dict, pace: dict) -> None:
+        """A line of {name: number} in each file; a number that is not finite is written as null."""
+        for path, numbers in zip(self.paths, (values, pace), strict=True):
+            row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        for name, value in (values | pace).items():
             self.events.add_scalar(name, value, step)
         if self.wandb:
-            self.wandb.log(values, step=step)
+            self.wandb.log(values | pace, step=step)
 
     def close(self) -> None:
         """Flush and close."""
@@ -52,7 +60,15 @@ class MetricsWriter:
 
 def read_metrics(workdir) -> list[dict]:
     """The rows of metrics.jsonl; a last line cut off by a crash is left out."""
-    path = pathlib.Path(workdir) / "metrics.jsonl"
+    return _rows(pathlib.Path(workdir) / "metrics.jsonl")
+
+
+def read_pace(workdir) -> list[dict]:
+    """The rows of pace.jsonl: how fast it went (rcm_jax.train.pace)."""
+    return _rows(pathlib.Path(workdir) / "pace.jsonl")
+
+
+def _rows(path: pathlib.Path) -> list[dict]:
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

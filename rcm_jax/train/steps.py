@@ -30,7 +30,7 @@ from rcm_jax.method.objectives import (
     Term,
 )
 from rcm_jax.train import stability
-from rcm_jax.train.optimizer import OptimizerConfig, make_optimizer, power_ema_beta, power_ema_exponent
+from rcm_jax.train.optimizer import OptimizerConfig, make_optimizer, power_ema_beta, power_ema_exponent, schedule
 from rcm_jax.train.state import Teacher, TrainState, make_learner
 
 
@@ -45,6 +45,7 @@ class Method(NamedTuple):
     phase: Callable[[int], str]
     steps: dict[str, Callable]
     probe: Callable | None = None
+    open_trips: float = 1.0  # mean trips of the loops of its phases whose length is drawn when they run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +109,11 @@ class RcmConfig:
         """Whether the losses ask a teacher (a student may start from one in any case)."""
         return any(objective.needs_teacher for objective in self.objectives.values())
 
+    @property
+    def open_trips(self) -> float:
+        """Mean steps of a rollout but the last, which is no loop: N is uniform on 1 to max_rollout."""
+        return (self.dmd.max_rollout - 1) / 2 if self.dmd else 1.0
+
 
 class Setup(NamedTuple):
     """What all phases of a method share. weighted: the objective, if any, that has an adaptive weighting."""
@@ -116,6 +122,7 @@ class Setup(NamedTuple):
     optimizers: dict
     ema_std: float
     parts: int  # of a batch, one after another, over which a gradient is accumulated
+    rates: dict[str, Callable]  # learning rates by the count of updates
     r: Callable = lambda step: 1.0  # tangent warm-up at a step
     updates: Callable = lambda step: step  # of the student in so many steps
     weighted: Objective | None = None
@@ -124,7 +131,7 @@ class Setup(NamedTuple):
 def diffusion_method(config: DiffusionMethod, F: Velocity, parts: int = 1) -> Method:
     """Pretraining as a method: one phase, state.student is the network; of the teacher it asks the conditions alone."""
     optimizers = {"student": make_optimizer(config.optimizer)}
-    setup = Setup(Velocities(F, F, F), optimizers, config.ema_std, parts)
+    setup = Setup(Velocities(F, F, F), optimizers, config.ema_std, parts, {"student": schedule(config.optimizer)})
     step = partial(student_step, setup, {"diffusion": config.objective})
     return Method(partial(_init, optimizers), lambda i: "diffusion", {"diffusion": step})
 
@@ -133,8 +140,9 @@ def rcm_method(config: RcmConfig, F: Velocities, parts: int = 1) -> Method:
     """Distillation as a method: warmup (consistency alone), student (all losses) and critic (fake score) phases."""
     configs = {"student": config.student, "weighting": config.weighting, "fake_score": config.fake_score}
     optimizers = {name: make_optimizer(c) for name, c in configs.items() if c}
+    rates = {name: schedule(c) for name, c in configs.items() if c}
     setup = Setup(
-        F, optimizers, config.ema_std, parts, partial(_warmup, config.warmup), partial(student_updates, config),
+        F, optimizers, config.ema_std, parts, rates, partial(_warmup, config.warmup), partial(student_updates, config),
         config.consistency if config.weighting else None,
     )  # fmt: skip
     steps = {"student": partial(student_step, setup, config.objectives)}
@@ -146,7 +154,7 @@ def rcm_method(config: RcmConfig, F: Velocities, parts: int = 1) -> Method:
     probe = None
     if isinstance(config.consistency, ScmConfig) and config.consistency.derivative == "jvp":
         probe = partial(probe_step, setup, config.consistency)
-    return Method(partial(_init, optimizers), partial(rcm_phase, config), steps, probe)
+    return Method(partial(_init, optimizers), partial(rcm_phase, config), steps, probe, config.open_trips)
 
 
 def _warmup(iterations: int, step):
@@ -234,6 +242,7 @@ def student_step(setup: Setup, objectives: dict[str, Objective], state: TrainSta
     beta = power_ema_beta(state.student.updates, power_ema_exponent(setup.ema_std))
     ema = optax.incremental_update(student.params, state.ema, jnp.where(applied, 1.0 - beta, 0.0))
     metrics |= {"student/grad_norm": norm, "student/skipped": 1.0 - applied}
+    metrics["student/learning_rate"] = setup.rates["student"](state.student.updates)
     new = state.replace(step=state.step + 1, student=student, ema=ema)
     if state.weighting:
         after, norm, finite = state.weighting.update(grads["weighting"], setup.optimizers["weighting"])
@@ -266,6 +275,7 @@ def critic_step(setup: Setup, objective: Matching, state: TrainState, teacher: T
     grads, metrics = accumulated_grad(loss, state.fake_score.params, batch, key, setup.parts)
     fake_score, norm, applied = state.fake_score.update(grads, setup.optimizers["fake_score"])
     metrics |= {"critic/grad_norm": norm, "critic/skipped": 1.0 - applied}
+    metrics["critic/learning_rate"] = setup.rates["fake_score"](state.fake_score.updates)
     return state.replace(step=state.step + 1, fake_score=fake_score), _means(metrics)
 
 

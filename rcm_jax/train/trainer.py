@@ -3,22 +3,21 @@
 import contextlib
 import dataclasses
 import signal
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from rcm_jax.parallel import distributed
 from rcm_jax.parallel.sharding import check_batch, has_host_memory, in_host_memory, replicated, state_sharding
 from rcm_jax.train import checkpoint
+from rcm_jax.train.console import Console, say
 from rcm_jax.train.guard import Guard
 from rcm_jax.train.metrics import MetricsWriter, Window
+from rcm_jax.train.pace import Pace, check_trace, traced
 from rcm_jax.train.state import Learner, Teacher, TrainState
 from rcm_jax.train.steps import Method
 
@@ -115,60 +114,67 @@ def abstract_params(boxed, mesh):
     return checkpoint.abstract_like(nn.meta.unbox(boxed), state_sharding(boxed, mesh))
 
 
-def fit(training: Training, state: TrainState, teacher: Teacher, data, workdir, on_sample=None) -> TrainState:
+def fit(
+    training: Training, state: TrainState, teacher: Teacher, data, workdir, on_sample=None, profile=None
+) -> TrainState:
     """Train from the newest checkpoint of workdir, or from `state`, to config.steps; returns the last state.
 
     state is donated. data is an iterator with get_state/set_state (rcm_jax.data.dataset.batches), of the local rows.
-    on_sample(state, step), if given, is called every sample_every steps and at the end.
+    on_sample(state, step), if given, is called every sample_every steps and at the end. profile: two counts of steps
+    between which a trace is written to workdir/profile.
     Raises Interrupted, after saving, if a signal asks to stop; ValueError when nothing is learned any more (Guard).
     """
-    config, compiled = training.config, training.steps
+    config = training.config
     with checkpoint.open_manager(workdir, config.keep, config.asynchronous) as manager, _stop_requested() as stop:
         if manager.latest_step() is not None:
             jax.tree.map(lambda leaf: leaf.delete(), state)  # two states of 14B parameters need not fit
             state = checkpoint.restore(manager, training.state, data)
         step, window, guard = int(state.step), Window(), Guard(config.most_skips)
-        with _written(workdir, step, config.wandb) as write, _bar(training.label, step, config) as bar:
+        check_trace(profile, step, config.steps)
+        pace = Pace(training.steps, training.method.open_trips, step)
+        with (
+            _written(workdir, step, config.wandb) as write,
+            Console(training.label, step, config.steps) as console,
+            traced(workdir, profile) as trace,
+        ):
             while step < config.steps:
-                rows = next(data)
-                index = rows.pop("index")
-                batch = distributed.global_batch(rows, config.batch_size, training.mesh)
-                state, metrics = compiled[training.method.phase(step)](state, teacher, batch)
+                trace(step, state)
+                with pace.waiting(state):
+                    rows = next(data)
+                    index = rows.pop("index")
+                    batch = distributed.global_batch(rows, config.batch_size, training.mesh)
+                state, metrics = pace.run(training.method.phase(step), step, state, teacher, batch)
                 step += 1
                 window.add(metrics, index)
-                bar.update()
+                console.advance()
                 stopping = stop(step)
                 last = stopping or step == config.steps
-                if "probe" in compiled and step % config.sample_every == 0:
-                    window.add(compiled["probe"](state, teacher, batch))
+                if "probe" in training.steps and step % config.sample_every == 0:
+                    window.add(pace.run("probe", step, state, teacher, batch))
                 if last or step % config.log_every == 0:
-                    reading = window.read()
-                    write(step, reading.values)
-                    bar.set_postfix(_shown(reading.values), refresh=False)
+                    reading, speed = window.read(), pace.read(step)
+                    write(step, reading.values, speed)
+                    console.show(step, reading.values, speed, last)
                     guard.follow(step, reading)
+                if words := pace.forecast(step, config.steps, state):
+                    say(f"{training.label}: {words}")
                 if last or step % config.checkpoint_every == 0:
-                    checkpoint.save(manager, state, data)
+                    with pace.stopped("checkpoints", state):
+                        checkpoint.save(manager, state, data)
                 if on_sample and (last or step % config.sample_every == 0):
-                    on_sample(state, step)
+                    with pace.stopped("previews", state):
+                        on_sample(state, step)
                 if stopping:
                     raise Interrupted(step)
+            trace(step, state)
     return state
-
-
-def _bar(label, step, config) -> tqdm:
-    """Progress on the console: rate, losses, time left."""
-    often = 0.5 if sys.stderr.isatty() else 20  # seconds
-    silent = not distributed.first()
-    return tqdm(
-        total=config.steps, initial=step, desc=label, unit="step", dynamic_ncols=True, mininterval=often, disable=silent
-    )
 
 
 @contextlib.contextmanager
 def _written(workdir, step, wandb):
-    """What writes metrics, (step, values) -> None: in the first process alone."""
+    """What writes metrics, (step, values, pace) -> None: in the first process alone."""
     if not distributed.first():
-        yield lambda step, values: None
+        yield lambda step, values, pace: None
         return
     with contextlib.closing(MetricsWriter(workdir, step, wandb)) as writer:
         yield writer.write
@@ -193,15 +199,6 @@ def compile_steps(method: Method, shardings, key) -> dict[str, Callable]:
     moves = dict(donate_argnums=0, out_shardings=(shardings, replicated(shardings.step.mesh)))
     steps = {name: compiled(step_fn, **moves) for name, step_fn in method.steps.items()}
     return steps | ({"probe": compiled(method.probe)} if method.probe else {})
-
-
-def _shown(values: dict) -> dict:
-    """The losses, for the console."""
-    return {name: f"{value:.3g}" for name, value in values.items() if name.endswith("/loss")} | {
-        name: f"{value:.3g}"
-        for name, value in values.items()
-        if name.endswith(("nonfinite", "skipped")) and (value > 0 or not np.isfinite(value))
-    }
 
 
 @contextlib.contextmanager

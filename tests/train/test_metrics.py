@@ -7,17 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcm_jax.train.metrics import MetricsWriter, Window, read_metrics
+from rcm_jax.train.metrics import MetricsWriter, Window, read_metrics, read_pace
 
 
 def test_rows_are_json_lines_and_numbers_that_are_not_finite_are_null(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
-    writer.write(1, {"a": 0.5, "b": math.nan})
-    writer.write(2, {"a": math.inf})
+    writer.write(1, {"a": 0.5, "b": math.nan}, {"pace/goodput": 0.9})
+    writer.write(2, {"a": math.inf}, {"pace/goodput": 0.8})
     writer.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == read_metrics(tmp_path)
     assert read_metrics(tmp_path) == [{"step": 1, "a": 0.5, "b": None}, {"step": 2, "a": None}]
+    assert [row["pace/goodput"] for row in read_pace(tmp_path)] == [0.9, 0.8]
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
 
 
@@ -25,14 +26,15 @@ def test_rows_are_json_lines_and_numbers_that_are_not_finite_are_null(tmp_path):
 def test_a_writer_opened_at_a_step_forgets_what_came_after_and_a_line_cut_off(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     for step in (5, 10, 15):
-        writer.write(step, {"a": float(step)})
+        writer.write(step, {"a": float(step)}, {"b": 2.0 * step})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 20, "a"')
     writer = MetricsWriter(tmp_path, 10)
-    writer.write(15, {"a": 1.0})
+    writer.write(15, {"a": 1.0}, {"b": 2.0})
     writer.close()
     assert read_metrics(tmp_path) == [{"step": 5, "a": 5.0}, {"step": 10, "a": 10.0}, {"step": 15, "a": 1.0}]
+    assert [row["b"] for row in read_pace(tmp_path)] == [10.0, 20.0, 2.0]
     assert not list(tmp_path.glob("*.partial"))
 
 
