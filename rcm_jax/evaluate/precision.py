@@ -40,7 +40,7 @@ VARIANTS = {  # name → (changes of the config, whether the time itself is roun
 }
 QUANTITIES = "F", "dF", "dF in t", "dF in x"
 MISMATCH = "F from (a)"
-SIZE = 13  # points: a README shows the picture at half its width
+SIZE = 13  # points: pages show the picture at half its width
 PUBLISHED = {
     name: c for name, c in (wan.PUBLISHED | cosmos.PUBLISHED).items() if getattr(c, "model_type", "t2v") == "t2v"
 }

@@ -1,4 +1,4 @@
-"""Objectives: one file each, with its settings, its equation and its draws. Equation numbers as in the README.
+"""Objectives: one file each, with its settings, its equation and its draws. Equation numbers as in docs/methods.md.
 
 A new one is a file, and a line in one of these tables under the name that configs and metrics call it by.
 """
