@@ -11,6 +11,8 @@
 | dcm, dcm_dmd | consistency in discrete time, alone and with DMD |
 | dmd, dmd_fixed | DMD alone, its rollouts at random times and at the mid times of the sampler |
 
+`smoke`, with or without one of them, is the same in under a minute: to see that everything runs here.
+
 A variant or a method is a function Experiment -> Experiment.
 """
 
@@ -33,19 +35,20 @@ WITHOUT_DMD = {"rcm.dmd": None, "rcm.fake_score": None, "fake_start": ""}
 
 def choose(run: Experiment, variant: str, variants: Mapping[str, Change]) -> Experiment:
     """Applies what is named in `variant`, separated by commas: keys of `variants`, one machine of configs/machines.py
-    among them at most, in the order that `variants` has; then one method at most.
+    among them at most, in the order that `variants` has; then one method at most; then `smoke`.
 
     A key of `variants` that is the name of a method takes its place.
     """
-    names, known = [name.strip().lower() for name in variant.split(",") if name.strip()], METHODS | dict(variants)
+    names = [name.strip().lower() for name in variant.split(",") if name.strip()]
+    known = METHODS | dict(variants) | {"smoke": smoke}
     for name in names:
         if name not in known:
             raise ValueError(f"variant {name!r} is none of {', '.join(known)}")
     for kind, table in (("methods", METHODS), ("machines", MACHINES)):
         if len(chosen := [name for name in names if name in table]) > 1:
             raise ValueError(f"variant {variant!r} names {len(chosen)} {kind}, {', '.join(chosen)}: choose one")
-    order = [*variants, *METHODS]
-    for name in sorted(names, key=lambda name: (name in METHODS, order.index(name))):
+    order = [*(name for name in variants if name not in METHODS), *METHODS, "smoke"]
+    for name in sorted(names, key=order.index):
         run = known[name](run)
     return run
 
@@ -65,6 +68,25 @@ def flagged(run: Experiment) -> ConfigDict:
 def student_updates(run: Experiment) -> int:
     """Those of rCM: the other methods have as many."""
     return run.rcm.warmup + -(-(run.train.steps - run.rcm.warmup) // run.rcm.dmd.update_freq)
+
+
+def smoke(run):
+    """At most 120 steps, and 200 of pretraining; schedules and the report are cut to match."""
+    changes = {"rcm.warmup": min(run.rcm.warmup, 20), "sampling.report_samples": 400}
+    changes |= _short("train", run.train, 120) | _short("rcm.student", run.rcm.student, 120)
+    if run.rcm.fake_score:
+        changes |= _short("rcm.fake_score", run.rcm.fake_score, 120)
+    if run.pretrain:
+        changes |= _short("pretrain.train", run.pretrain.train, 200)
+        changes |= _short("pretrain.method.optimizer", run.pretrain.method.optimizer, 200)
+    return revise(run, changes)
+
+
+def _short(group: str, config, steps: int) -> dict:
+    """What makes a group of a config that says how long, a TrainConfig or an OptimizerConfig, short."""
+    most = {"steps": steps, "log_every": 20, "sample_every": 60, "warmup_steps": 10, "decay_steps": steps}
+    values = {key: getattr(config, key) for key in most if hasattr(config, key)}
+    return {f"{group}.{key}": min(value, most[key]) for key, value in values.items()}
 
 
 def scm(run):

@@ -9,7 +9,7 @@ from rcm_jax.evaluate.report import data_name, in_steps, write_report
 from rcm_jax.evaluate.table import evaluate_samples, make_reference, table
 from rcm_jax.run.previews import draw, labels_by_class
 
-SAMPLES = 3600  # of every row of the table
+SAMPLES = 3600  # of every row of the table, unless sampling.report_samples says otherwise
 FEW_STEPS = 4  # of a teacher, beside its own number: in the table, not in the picture
 STUDENT_STEPS = (1, 2, 4)
 SHOWN, CLASSES = 8, 10  # in the picture: samples of a class; classes, at most
@@ -24,7 +24,7 @@ def write_distillation_report(trained) -> str:
     """
     run, dataset = trained.run, trained.dataset
     key = jax.random.fold_in(jax.random.key(run.seed), 3)
-    each = max(SHOWN, SAMPLES // dataset.num_classes)
+    each = max(SHOWN, (run.sampling.report_samples or SAMPLES) // dataset.num_classes)
     labels = labels_by_class(dataset, each)
     images = {
         name: dataset.to_image(draw(sampler, params, key, labels, dataset.sample_shape))

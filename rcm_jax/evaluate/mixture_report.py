@@ -18,7 +18,7 @@ from rcm_jax.method import samplers
 from rcm_jax.run.experiment import Experiment
 from rcm_jax.run.program import Network, student_sampler
 
-SAMPLES = 6000  # at most, where they are measured against data
+SAMPLES = 6000  # unless sampling.report_samples says otherwise; at most, where they are measured against data
 FLOOR = "exact teacher, other noise"
 STEPS = (1, 2, 4)  # of the student
 MAP_ERROR = "map error: root mean square distance to where the exact ODE takes the same noise"
@@ -51,8 +51,9 @@ def make_judge(run: Experiment, network: Network, reference: Reference | None = 
 def exact_reference(run) -> Reference:
     """The exact teacher of a run on a mixture, for the noise of its samples; labels have their shares of the data."""
     modes = mixture.standardise(run.data)
-    labels = mixture.sample(modes, np.random.default_rng(run.seed), SAMPLES)[1]
-    noise = samplers.unit_noise(jax.random.fold_in(_key(run), 0), np.arange(SAMPLES), (2,))  # student_sampler's first
+    count = run.sampling.report_samples or SAMPLES
+    labels = mixture.sample(modes, np.random.default_rng(run.seed), count)[1]
+    noise = samplers.unit_noise(jax.random.fold_in(_key(run), 0), np.arange(count), (2,))  # student_sampler's first
     return make_reference(modes, run.rcm.guidance, np.asarray(noise), labels, run.sampling.sigma_max, run.seed)
 
 
@@ -79,11 +80,12 @@ def picture(reference: Reference, samples) -> np.ndarray:
 def write_scatter_report(trained) -> str:
     """Writes report/ (report.png, report.json) of a pipeline.Trained on points in the plane; returns the table."""
     run, dataset = trained.run, trained.dataset
+    count = run.sampling.report_samples or SAMPLES
     if isinstance(run.data, mixture.MixtureConfig):
         reference, name, target, other = exact_reference(run), "a mixture", "exact teacher", FLOOR
         note = f"{MAP_ERROR}.\n{VARIANCE}"
     else:
-        reference = data_reference(labelled(dataset.train), labelled(dataset.test), SAMPLES, run.seed)
+        reference = data_reference(labelled(dataset.train), labelled(dataset.test), count, run.seed)
         name, target, other = data_name(run.data), "training data", "training data"
         note = "Distances to held-out data, class by class."
     judge, n = make_judge(run, trained.program.network, reference), len(reference.labels)

@@ -38,12 +38,15 @@ class SamplingConfig:
     teacher_shift: float = 1.0  # of the teacher's grid, uniform in rectified-flow time before the shift
     teacher_solver: str = "euler"
     teacher_sigma_max: float | None = None  # None: sigma_max
+    report_samples: int | None = None  # of every row of a report's table; None: as many as tell rows apart
 
     def __post_init__(self):
         if self.teacher_solver not in samplers.SOLVERS:
             raise ValueError(f"teacher_solver {self.teacher_solver!r} is none of {', '.join(samplers.SOLVERS)}")
         if self.teacher_steps < 1:
             raise ValueError(f"teacher_steps {self.teacher_steps} must be at least 1")
+        if self.report_samples is not None and self.report_samples < 2:
+            raise ValueError(f"report_samples {self.report_samples} must be at least 2, for they are compared")
         if not self.mid_times:
             raise ValueError("mid_times is empty: its first entry, (), makes samples of one step")
         for k, times in enumerate(self.mid_times, 1):

@@ -48,6 +48,18 @@ def test_every_method_is_an_experiment_in_every_config(module, name):
         assert updates[0] == updates[1]
 
 
+@pytest.mark.parametrize("module", CONFIGS)
+def test_smoke_makes_every_method_short(module):
+    for name in PHASES:
+        run = run_of(module, f"smoke,{name}")
+        assert run == run_of(module, f"{name},smoke")
+        assert run.train.steps <= 120 and run.sampling.report_samples == 400
+        phases = {rcm_phase(run.rcm, i) for i in range(run.train.steps)}
+        assert phases == {rcm_phase(run_of(module, name).rcm, i) for i in range(2000)}  # all of them have their turn
+        if run.pretrain:
+            assert run.pretrain.train.steps == run.pretrain.method.optimizer.decay_steps == 200
+
+
 def test_the_table_of_methods_is_the_one_tested():
     assert methods.METHODS.keys() == PHASES.keys()
     for name in PHASES:
