@@ -1,5 +1,6 @@
 """The page in a browser: everything is drawn, plays, sorts and filters, and nothing is loaded or complained about."""
 
+import itertools
 import os
 import re
 import shutil
@@ -14,9 +15,8 @@ from rcm_jax.media.picture import save_png
 from rcm_jax.media.video import write_video
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-HOSTILE = (
-    """</script><script>document.title = "taken"</script><b>&amp; "x' {{content}} <!-- <img src=x onerror=alert(1)>"""
-)
+HOSTILE = """</script><script>alert("taken")</script><b>&amp; "x' {{content}} <!-- <img src=x onerror=alert(1)>"""
+HEADINGS = ["Pictures", "Videos", "Table", "While it trained", "Curves", "Config"]
 ROWS = {
     HOSTILE: {"accuracy": 0.5, "map_error": 0.25, "mmd": float("nan")},
     "student, 1 step": {"accuracy": 0.75, "map_error": 10.0, "variance": 1.0},
@@ -98,14 +98,7 @@ def wait_until(seen, expression, seconds=10):
 def test_all_sections_are_drawn_and_text_stays_text(seen):
     assert seen.title() == HOSTILE == seen.inner_text("h1")
     assert "\nSecond line." in seen.locator(".note").first.text_content()
-    assert seen.locator("h2").all_inner_texts() == [
-        "Pictures",
-        "Videos",
-        "Table",
-        "While it trained",
-        "Curves",
-        "Config",
-    ]
+    assert seen.locator("h2").all_inner_texts() == HEADINGS
     assert seen.locator("#pictures figcaption").all_inner_texts() == ["grey", HOSTILE]
     assert seen.locator("#videos h3").all_inner_texts() == [HOSTILE, "b"]
     assert seen.locator("td:first-child").all_inner_texts()[0] == HOSTILE
@@ -137,6 +130,8 @@ def test_curves(seen):
     falls.locator("svg").scroll_into_view_if_needed()
     box = falls.locator("svg").bounding_box()
     seen.mouse.move(box["x"] + box["width"] - 11, box["y"] + 100)
+    tip, drawn = (falls.locator(name).bounding_box() for name in (".tip", "svg"))
+    assert drawn["y"] <= tip["y"] < tip["y"] + tip["height"] < drawn["y"] + drawn["height"]
     assert falls.locator(".tip").text_content() == "step 129\na  0.7692  (mean 0.7752)"
     seen.mouse.move(0, 0)
     assert falls.locator(".tip").is_hidden()
@@ -214,7 +209,7 @@ def test_videos_play_in_step(seen):
 
 
 def test_nothing_is_loaded_and_nothing_complains(opened):
-    seen, events, path = opened  # after all that the tests above did
+    _, events, path = opened  # after all that the tests above did
     assert events == [path.as_uri()]
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", path.read_text())
 
@@ -259,7 +254,7 @@ def test_of_many_previews_some_are_shown_evenly_and_the_last(tmp_path, monkeypat
         (tmp_path / "samples" / name).write_bytes(b"x" * 100)
     steps = [step for step, _ in previews_of(tmp_path)]
     assert len(steps) == page.MOST and steps[0] == 0 and steps[-1] == 1996
-    assert {b - a for a, b in zip(steps, steps[1:], strict=False)} == {32, 36}
+    assert {b - a for a, b in itertools.pairwise(steps)} == {32, 36}
     monkeypatch.setattr(page, "MOST", 1000)
     assert {path.name for step, path in previews_of(tmp_path) if step == 500} == {"00000500.mp4"}
     monkeypatch.setattr(page, "BYTES", 350)
