@@ -24,7 +24,7 @@ ROWS = {
 }
 CURVES = {
     "falls": {"a": [(k, 100 / (1 + k)) for k in range(130)], HOSTILE: [(1, 3.0), (2, np.nan), (3, 5.0)]},
-    "level": {"b": [(1000, 2.0), (2000, 2.5)]},
+    "level": {"b": [(1000, 1.43001), (2000, 1.43006)]},
 }
 CONFIG = {"model": {"kind": "mlp", "dim": 64}, "data": {"where": HOSTILE, "shape": (1, 2)}, "pretrain": None}
 
@@ -123,6 +123,7 @@ def test_curves(seen):
     assert paths[0].count("L") == 129 and paths[0] != paths[1]  # raw values, and their average
     scales = [plot.locator(".scale").get_attribute("aria-pressed") for plot in (falls, level)]
     assert scales == ["true", "false"]
+    assert level.locator("svg text").all_text_contents()[:3] == ["1.43002", "1.43004", "1.43006"]
     falls.locator(".scale").click()
     assert falls.locator("path").first.get_attribute("d") != paths[0]
     falls.locator(".line").last.click()
@@ -187,13 +188,17 @@ def test_videos_play_in_step(seen):
     players = "[...document.querySelectorAll('#videos video')]"
     near = "(a, b) => Math.abs(a - b) < 0.1"
     in_step = (
-        f"((near, [a, b, short]) => a.currentTime > 0.4 && !a.paused && near(a.currentTime, b.currentTime) && "
+        f"((near, [a, b, short]) => a.currentTime > 0.4 && !a.paused && !b.paused && near(a.currentTime, b.currentTime) && "
         f"near(Math.min(a.currentTime, short.duration), short.currentTime))({near}, {players})"
     )
     seen.locator("#videos .cells").first.scroll_into_view_if_needed()  # in sight it plays without a click
     wait_until(seen, in_step)
-    seen.evaluate(f"{players}[1].currentTime -= 0.3; {players}[2].pause()")
-    wait_until(seen, in_step)
+    seen.select_option("#videos select", "0.25")  # seconds until all begin anew together
+    seen.locator("#videos input").fill("0.5")
+    seen.evaluate(f"{players}[0].onended = () => (window.late = true); {players}[1].currentTime = 1.2")
+    seen.evaluate(f"{players}[2].pause()")
+    wait_until(seen, f"window.late || {in_step}")
+    assert not seen.evaluate("window.late")
     seen.locator(".play").click()
     stopped = times()
     seen.wait_for_timeout(150)
