@@ -188,7 +188,8 @@ def test_videos_play_in_step(seen):
     players = "[...document.querySelectorAll('#videos video')]"
     near = "(a, b) => Math.abs(a - b) < 0.1"
     in_step = (
-        f"((near, [a, b, short]) => a.currentTime > 0.4 && !a.paused && !b.paused && near(a.currentTime, b.currentTime) && "
+        f"((near, [a, b, short]) => a.currentTime > 0.4 && !a.paused && !b.paused && "
+        f"near(a.currentTime, b.currentTime) && "
         f"near(Math.min(a.currentTime, short.duration), short.currentTime))({near}, {players})"
     )
     seen.locator("#videos .cells").first.scroll_into_view_if_needed()  # in sight it plays without a click
