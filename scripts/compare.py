@@ -105,7 +105,7 @@ def main():
         title = "map error of one step, rCM" if name.startswith("rCM") else "map error of one step"
         plots[title][name] = points
     print(mixture_report.write_comparison(folder / "comparison", results, pictures, plots))
-    print(f"{folder / 'comparison'}: report.png, report.json ({(time.time() - started) / 60:.1f} min)")
+    print(f"{folder / 'comparison'}: index.html, report.png, report.json ({(time.time() - started) / 60:.1f} min)")
 
 
 if __name__ == "__main__":

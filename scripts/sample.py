@@ -7,8 +7,9 @@ python scripts/sample.py --checkpoint=runs/digits --out=grid.png
 
 DIR is a workdir of scripts/train.py (of a distillation: the averaged student samples in few steps; of a teacher: the
 guided PF-ODE), or of convert_checkpoint.py, with --mode and --config. With several prompts or seeds each sample has a
-file of its own, and --sheet shows them all. The suffix of --out decides: .mp4, .png for one frame or a picture of
-classes, .safetensors for latents, which need no autoencoder. In Python: rcm_jax.load(DIR, …)(prompts, seeds).
+file of its own, and --sheet shows them all: as one .png, or as an .html in which they play side by side. The suffix of
+--out decides: .mp4, .png for one frame or a picture of classes, .safetensors for latents, which need no autoencoder.
+In Python: rcm_jax.load(DIR, …)(prompts, seeds).
 """
 
 import common  # noqa: I001  (puts the checkout on the path)
@@ -22,6 +23,8 @@ from absl import flags
 from tqdm import tqdm
 
 import rcm_jax
+from rcm_jax.evaluate.page import write_page
+from rcm_jax.evaluate.report import in_steps
 from rcm_jax.media import video
 from rcm_jax.run import generate
 from rcm_jax.util.files import check_writable
@@ -48,7 +51,7 @@ SIZE = flags.DEFINE_string("size", None, "Pixels, e.g. 832x480; the config's if 
 FRAMES = flags.DEFINE_integer("frames", None, "Frames of pixels, 4n + 1; the config's if not given.", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch", 1, "Samples at once.", lower_bound=1)
 TILE = flags.DEFINE_integer("tile", None, "Decode in tiles of so many latents a side: less memory.", lower_bound=2)
-SHEET = flags.DEFINE_string("sheet", None, "A .png that shows all samples, a row for each prompt.")
+SHEET = flags.DEFINE_string("sheet", None, "A .png or .html of all samples, a row for each prompt.")
 flags.mark_flags_as_required(["checkpoint", "out"])
 
 FOR_CLASSES = (EACH, CLASSES)
@@ -81,7 +84,10 @@ def main():
     with timed(clock, "sampling"), tqdm(total=wanted.calls, desc="sampling", unit="step", **bar) as progress:
         samples = generate.sample(wanted, given, progress.update)
     with timed(clock, "writing"), tqdm(desc="writing", unit="file", **bar) as progress:
-        paths = samples.save(out, SHEET.value, tile=TILE.value, tick=progress.update)
+        as_page = SHEET.value is not None and SHEET.value.endswith(".html")
+        paths = samples.save(out, None if as_page else SHEET.value, tile=TILE.value, tick=progress.update)
+        if as_page:
+            write_sheet(SHEET.value, wanted, paths)
     several = f" … {paths[-1]}" if len(paths) > 1 else ""
     print(f"{paths[0]}{several}: {len(asked) * len(seeds)} samples, {wanted.steps} steps")
     print(", ".join(f"{name} {seconds:.1f} s" for name, seconds in clock.items()) + ", with compilation")
@@ -102,10 +108,23 @@ def check_names(generator, out: pathlib.Path) -> None:
         raise ValueError(f"--out={out} must end in .mp4, .png (one frame) or .safetensors (latents)")
     if out.suffix == ".png" and generator.frames > 1:
         raise ValueError(f"--out={out} is for one frame, these are {generator.frames}: take .mp4, or --frames=1")
-    if SHEET.value is not None and not SHEET.value.endswith(".png"):
-        raise ValueError(f"--sheet={SHEET.value} must end in .png")
+    if SHEET.value is not None and not SHEET.value.endswith((".png", ".html")):
+        raise ValueError(f"--sheet={SHEET.value} must end in .png or .html")
+    if SHEET.value is not None and SHEET.value.endswith(".html") and out.suffix == ".safetensors":
+        raise ValueError(f"--sheet={SHEET.value} shows the files of --out, and latents cannot be shown: take a .png")
     if out.suffix == ".mp4":
         video.check_video()
+
+
+def write_sheet(path: str, wanted: generate.Request, paths) -> None:
+    """A page of files, one for every prompt and seed; the prompts are numbered if one was asked for twice."""
+    prompts, files = wanted.asked, iter(paths)
+    rows = prompts if len(set(prompts)) == len(prompts) else [f"{i}. {prompt}" for i, prompt in enumerate(prompts, 1)]
+    videos = {row: {f"seed {seed}": next(files) for seed in wanted.seeds} for row in rows}
+    network = "Teacher" if wanted.generator.of_teacher else "Student"
+    guidance = "" if wanted.guidance is None else f", guidance {wanted.guidance:g}"
+    note = f"{network}, {in_steps(wanted.steps)}{guidance}."
+    write_page(path, title=f"Samples of {wanted.generator.folder}", note=note, videos=videos)
 
 
 def read_seeds() -> list[int]:

@@ -99,7 +99,8 @@ def report(trained, started: float, say) -> None:
         trained = pipeline.on_host(trained)
     if distributed.first():
         print(reports.REPORTS[trained.dataset.view](trained))
-        print(f"{trained.folder / 'report'}: report.png, report.json ({(time.time() - started) / 60:.1f} min in all)")
+        took = f"{(time.time() - started) / 60:.1f} min in all"
+        print(f"{trained.folder / 'report'}: index.html, report.png, report.json ({took})")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,11 @@ from rcm_jax.media.picture import GREY, INK, SERIES, figure
 from rcm_jax.train.metrics import read_metrics
 from rcm_jax.train.stability import BUCKETS, PROBED
 
+RESIDUALS = "residuals"
+OF_RESIDUALS = (
+    "A consistency loss in continuous time is the square of a tangent of limited length: it need not fall. The "
+    "residual should: it is 0 for a student that is consistent along the whole trajectory."
+)
 NORMS = {"tangent": "scm/tangent_norm", "student gradient": "student/grad_norm"}  # in a report: {label: metric}
 TIMES = [f"t{k}" for k in range(BUCKETS)]
 # What is watched: {title: ({label: metric}, logarithmic?)}
@@ -28,25 +33,32 @@ COLUMNS = 3
 
 
 def of_training(student, teacher=None) -> dict[str, dict[str, np.ndarray]]:
-    """{title: {label: [k, 2]}} for write_report: every metric NAME/loss of a student's workdir, and its NORMS.
+    """{title: {label: [k, 2]}} for write_report: every metric NAME/loss and NAME/residual of a student's workdir, and
+    its NORMS.
 
     The critic's loss has axes of its own, and so have those of the workdir where the teacher was pretrained, if any.
     """
     rows = read_metrics(student)
-    losses = _losses(rows)
+    losses = _every(rows, "loss")
     plots = {
-        "teacher loss": _losses(read_metrics(teacher)) if teacher else {},
+        "teacher loss": _every(read_metrics(teacher), "loss") if teacher else {},
         "student losses": {name: points for name, points in losses.items() if name != "critic"},
+        RESIDUALS: _every(rows, "residual"),
         "fake score loss": {name: points for name, points in losses.items() if name == "critic"},
         "norms": _series(rows, NORMS),
     }
     return {title: plot for title, plot in plots.items() if plot}
 
 
-def _losses(rows: list[dict]) -> dict[str, np.ndarray]:
-    """{NAME: [k, 2]} of every metric NAME/loss, in the order in which they come."""
-    names = dict.fromkeys(name for row in rows for name in row if name.endswith("/loss") and name.count("/") == 1)
-    return _series(rows, {name.removesuffix("/loss"): name for name in names})
+def note(plots) -> str:
+    """What to read beside the plots of `of_training`: a line of its own, or nothing."""
+    return f"\n{OF_RESIDUALS}" if RESIDUALS in plots else ""
+
+
+def _every(rows: list[dict], kind: str) -> dict[str, np.ndarray]:
+    """{NAME: [k, 2]} of every metric NAME/kind, in the order in which they come."""
+    names = dict.fromkeys(name for row in rows for name in row if name.endswith(f"/{kind}") and name.count("/") == 1)
+    return _series(rows, {name.removesuffix(f"/{kind}"): name for name in names})
 
 
 def _series(rows: list[dict], metrics: Mapping[str, str]) -> dict[str, np.ndarray]:

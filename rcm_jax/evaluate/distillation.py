@@ -5,9 +5,11 @@ import numpy as np
 
 from rcm_jax.evaluate import curves
 from rcm_jax.evaluate.arrays import labelled
+from rcm_jax.evaluate.page import previews_of
 from rcm_jax.evaluate.report import data_name, in_steps, write_report
 from rcm_jax.evaluate.table import evaluate_samples, make_reference, table
 from rcm_jax.run.previews import draw, labels_by_class
+from rcm_jax.util.config import to_mapping
 
 SAMPLES = 3600  # of every row of the table, unless sampling.report_samples says otherwise
 FEW_STEPS = 4  # of a teacher, beside its own number: in the table, not in the picture
@@ -17,7 +19,7 @@ REAL = "real (training split)"
 
 
 def write_distillation_report(trained) -> str:
-    """Writes report/ (report.png, report.json) of a pipeline.Trained; returns the table for the console.
+    """Writes report/ (index.html, report.png, report.json) of a pipeline.Trained; returns the table for the console.
 
     Every row has the same labels, and every generated one starts from the same noise. Without a teacher the rows are
     the student's, and ratios are to the real images.
@@ -47,18 +49,21 @@ def write_distillation_report(trained) -> str:
             panels[f"{network}, {in_steps(int(steps))}"] = _by_class(samples, labels, dataset.num_classes)
     if train.shape[-1] == 1 and train.mean() < 0.5:  # strokes: as ink on paper
         panels = {title: 1 - pixels for title, pixels in panels.items()}
+    plots = curves.of_training(trained.folder, trained.teacher_folder)
     return write_report(
         trained.folder / "report",
         panels=panels,
-        curves=curves.of_training(trained.folder, trained.teacher_folder),
+        curves=plots,
         rows=table(rows, relative_to=baseline),
         title=f"{run.rcm.name} on {name}",
         footer=f"Seed {run.seed}. Fréchet distances (FD) of {len(labels)} samples to {len(test)} held-out real images; "
         f"ratios to {baseline}.\nThe real row is {real} images that trained the classifier; "
-        f"its accuracy on the held-out ones is {reference.accuracy:.3f}.",
+        f"its accuracy on the held-out ones is {reference.accuracy:.3f}." + curves.note(plots),
         columns=SHOWN,
         row_labels=[str(c) for c in range(dataset.num_classes)][:CLASSES],
         metadata={"seed": run.seed, "samples": len(labels), "classifier_accuracy": reference.accuracy},
+        previews=previews_of(trained.folder),
+        config=to_mapping(run),
     )
 
 

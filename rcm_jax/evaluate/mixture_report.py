@@ -12,11 +12,13 @@ from rcm_jax.data import mixture
 from rcm_jax.evaluate import curves
 from rcm_jax.evaluate.arrays import labelled
 from rcm_jax.evaluate.mixture import Reference, data_reference, evaluate, make_reference
+from rcm_jax.evaluate.page import previews_of
 from rcm_jax.evaluate.report import data_name, in_steps, write_report
 from rcm_jax.media.picture import SIZE, scatter
 from rcm_jax.method import samplers
 from rcm_jax.run.experiment import Experiment
 from rcm_jax.run.program import Network, student_sampler
+from rcm_jax.util.config import to_mapping
 
 SAMPLES = 6000  # unless sampling.report_samples says otherwise; at most, where they are measured against data
 FLOOR = "exact teacher, other noise"
@@ -78,7 +80,7 @@ def picture(reference: Reference, samples) -> np.ndarray:
 
 
 def write_scatter_report(trained) -> str:
-    """Writes report/ (report.png, report.json) of a pipeline.Trained on points in the plane; returns the table."""
+    """Writes report/ (index.html, report.png, report.json) of a pipeline.Trained on points; returns the table."""
     run, dataset = trained.run, trained.dataset
     count = run.sampling.report_samples or SAMPLES
     if isinstance(run.data, mixture.MixtureConfig):
@@ -91,20 +93,23 @@ def write_scatter_report(trained) -> str:
     judge, n = make_judge(run, trained.program.network, reference), len(reference.labels)
     samples = {f"student, {in_steps(k)}": sample for k, sample in judge.samples(trained.state.ema).items()}
     panels = {target: reference.target} | samples
+    plots = curves.of_training(trained.folder, None if run.exact_teacher else trained.teacher_folder)
     return write_report(
         trained.folder / "report",
         panels={title: picture(reference, sample)[None] for title, sample in panels.items()},
-        curves=curves.of_training(trained.folder, None if run.exact_teacher else trained.teacher_folder),
+        curves=plots,
         rows={other: floor(reference)} | {row: evaluate(sample, reference) for row, sample in samples.items()},
         title=f"{run.rcm.name} on {name}",
-        footer=f"Seed {run.seed}. {n} samples, guidance {run.rcm.guidance:g}. {note}",
+        footer=f"Seed {run.seed}. {n} samples, guidance {run.rcm.guidance:g}. {note}{curves.note(plots)}",
         columns=1,
         metadata={"seed": run.seed, "samples": n},
+        previews=previews_of(trained.folder),
+        config=to_mapping(run),
     )
 
 
 def write_comparison(folder: pathlib.Path, results: dict[str, list[dict]], pictures: dict, curves: dict) -> str:
-    """Writes comparison.png and comparison.json: a row for each method and number of steps; returns the table.
+    """Writes index.html, report.png and report.json: a row for each method and number of steps; returns the table.
 
     results: {row: [metrics of each seed]}; pictures: {method: [SIZE, SIZE, 3] for each of STEPS}; curves as
     write_report takes them.

@@ -1,15 +1,17 @@
-"""The end of a run on one page: samples side by side, training curves, metrics. report.png and report.json."""
+"""The end of a run: samples side by side, training curves, metrics. index.html, report.png and report.json."""
 
 import dataclasses
 import itertools
 import json
-import math
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rcm_jax.evaluate.page import plain, write_page
+from rcm_jax.evaluate.series import logarithmic, pairs, smooth
 from rcm_jax.evaluate.table import COLUMNS, Rows, cells, format_table
 from rcm_jax.media.picture import GREY, INK, RULE, SERIES, figure, grid, save_figure
 from rcm_jax.util.files import write_text
@@ -25,7 +27,7 @@ WIDTH, MARGIN, GAP = 1640, 72, 24
 PANEL_WIDTH, SEPARATOR = 380, 3  # a panel's width at most, the white between its images
 PLOT_HEIGHT, PLOT_LEFT = 196, 52  # PLOT_LEFT: room for the numbers on the vertical axis
 ROW = 32
-PANELS, PLOTS = 6, 4  # on one line, at most
+PANELS, PLOTS = 6, 5  # on one line, at most
 
 
 def write_report(
@@ -39,28 +41,36 @@ def write_report(
     columns: int = 8,
     row_labels: Sequence[str] = (),
     metadata: Mapping | None = None,
+    previews: Sequence[tuple[int, str | os.PathLike]] = (),
+    config: Mapping | None = None,
 ) -> str:
-    """Writes folder/report.png and folder/report.json, and returns the table as text for the console.
+    """Writes index.html, report.png and report.json in a folder; returns the table as text for the console.
 
     panels: title → images [n, h, w, c] in [0, 1], laid out in order with `columns` images to a row; give all panels
     the same order (say one class per row, and the same noise at the same place) and they can be compared place by
     place. Strokes read best as ink on paper: pass 1 − images. row_labels name the rows of the first panel.
     curves: title → label → (step, value) pairs; values that are not finite leave gaps. rows: name → metrics, as `table`
-    returns them. metadata is added to the JSON file as it is, but NaN and infinity become null there.
+    returns them. metadata is added to the JSON file as it is, but NaN and infinity become null there. previews and
+    config are shown on the page alone (see `write_page`).
 
     Raises:
       ValueError: a panel or a series of another shape; another number of row labels than of rows.
     """
-    curves = {name: {label: _pairs(label, of) for label, of in plot.items()} for name, plot in curves.items()}
+    curves = {name: {label: pairs(label, of) for label, of in plot.items()} for name, plot in curves.items()}
     grids = {name: _panel(images, columns, len(_lines(panels, PANELS)[0])) for name, images in panels.items()}
     image_rows = -(-len(next(iter(panels.values()))) // columns) if panels else 0
     if row_labels and len(row_labels) != image_rows:
         raise ValueError(f"{len(row_labels)} row labels for the first panel's {image_rows} rows; give one for each row")
     folder = pathlib.Path(folder)
     save_figure(folder / "report.png", _draw(grids, curves, rows, title, footer, row_labels))
+    lines = f"\nRows of the pictures: {', '.join(row_labels)}." if row_labels else ""
+    write_page(
+        folder / "index.html", title=title, note=footer + lines, pictures=grids, previews=previews, curves=curves,
+        rows=rows, config=config,
+    )  # fmt: skip
     shapes = {name: list(np.shape(images)) for name, images in panels.items()}
     record = dict(title=title, footer=footer, rows=rows, panels=shapes, curves=curves, metadata=metadata or {})
-    text = json.dumps(_plain(record), indent=1, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(plain(record), indent=1, allow_nan=False, ensure_ascii=False)
     write_text(folder / "report.json", text + "\n")
     return format_table(rows)
 
@@ -144,12 +154,12 @@ def _draw_plots(page: _Page, curves: Mapping[str, dict[str, np.ndarray]], places
         left = MARGIN + place * cell
         page.text(left, page.top + 8, name, weight="bold")
         axes = page.axes(left + PLOT_LEFT, page.top + 44, cell - GAP - PLOT_LEFT, PLOT_HEIGHT)
-        smooth = {label: _smooth(points) for label, points in series.items()}
+        means = {label: smooth(points) for label, points in series.items()}
         for color, (label, points) in zip(itertools.cycle(SERIES), series.items(), strict=False):
             axes.plot(*points.T, color=color, linewidth=0.8, alpha=0.25)
             marker = "o" if len(points) == 1 else None
-            axes.plot(points[:, 0], smooth[label], color=color, linewidth=1.5, marker=marker, label=label)
-        _style(axes, np.concatenate(list(smooth.values())))
+            axes.plot(points[:, 0], means[label], color=color, linewidth=1.5, marker=marker, label=label)
+        _style(axes, np.concatenate(list(means.values())))
         if len(series) > 1:
             spaces = dict(borderaxespad=0.2, borderpad=0, handlelength=1.2, columnspacing=1.2)
             style = dict(ncols=len(series), frameon=False, fontsize=SMALL, labelcolor=GREY)
@@ -157,11 +167,11 @@ def _draw_plots(page: _Page, curves: Mapping[str, dict[str, np.ndarray]], places
 
 
 def _style(axes: "Axes", values: np.ndarray) -> None:
-    """Quiet axes: horizontal grid lines, few numbers; a logarithmic scale where positive values span a factor of 20."""
+    """Quiet axes: horizontal grid lines, few numbers; a logarithmic scale where it serves."""
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    values = values[np.isfinite(values)]
-    if len(values) and values.min() > 0 and values.max() > 20 * values.min():
+    if logarithmic(values):
+        values = values[np.isfinite(values)]
         axes.set_yscale("log")
         wide = values.max() > 300 * values.min()
         axes.yaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5), numticks=6 if wide else 12))
@@ -226,32 +236,3 @@ def _lines(items: Mapping, most: int) -> list[list]:
     names, lines = list(items), -(-len(items) // most)
     length = -(-len(names) // max(1, lines))
     return [names[i : i + length] for i in range(0, len(names), max(1, length))]
-
-
-def _pairs(label: str, series) -> np.ndarray:
-    """A series as float64 [k, 2]."""
-    points = np.asarray(series, np.float64)
-    if points.ndim != 2 or points.shape[1] != 2 or not len(points):
-        raise ValueError(f"curve {label!r} has shape {points.shape}, expected [k, 2]: k >= 1 pairs (step, value)")
-    return points
-
-
-def _smooth(points: np.ndarray) -> np.ndarray:
-    """Moving average of the values of points [k, 2] over 1/30 of the curve; values that are not finite stay out."""
-    values = points[:, 1]
-    window = np.ones(1 + 2 * (len(values) // 60))
-    finite = np.isfinite(values)
-    total = np.convolve(np.where(finite, values, 0), window, "same")
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(finite, total / np.convolve(finite, window, "same"), math.nan)
-
-
-def _plain(value):
-    """value as JSON can hold it: arrays as lists, numpy scalars as numbers, NaN and infinity as null."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

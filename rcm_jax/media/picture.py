@@ -61,8 +61,8 @@ def scatter(points, labels, *, density: Callable | None = None, size: int = SIZE
     return image
 
 
-def save_png(path: str | os.PathLike, array) -> None:
-    """Writes array, uint8 [H, W, 1 or 3], as a PNG; folders are made, and readers never see half a file.
+def encode_png(array) -> bytes:
+    """array, uint8 [H, W, 1 or 3], as a PNG.
 
     Raises:
       ValueError: another shape or dtype.
@@ -70,8 +70,17 @@ def save_png(path: str | os.PathLike, array) -> None:
     array = np.asarray(array)
     if array.ndim != 3 or array.shape[-1] not in (1, 3) or array.dtype != np.uint8:
         raise ValueError(f"array is {array.dtype} {array.shape}, expected uint8 [H, W, 1 or 3] as grid returns it")
-    pixels = array[..., 0] if array.shape[-1] == 1 else array
-    write_whole(path, lambda temporary: imageio.imwrite(temporary, pixels, extension=".png"))
+    return imageio.imwrite("<bytes>", array[..., 0] if array.shape[-1] == 1 else array, extension=".png")
+
+
+def save_png(path: str | os.PathLike, array) -> None:
+    """Writes array, uint8 [H, W, 1 or 3], as a PNG; folders are made, and readers never see half a file.
+
+    Raises:
+      ValueError: another shape or dtype.
+    """
+    content = encode_png(array)
+    write_whole(path, lambda temporary: temporary.write_bytes(content))
 
 
 def figure(width: float, height: float, **options):

@@ -31,8 +31,9 @@ def write(folder, rows):
 
 
 def test_a_report_has_a_curve_for_every_loss_whoever_made_it(tmp_path):
+    others = {"mine/loss/t0": 1.0, "mine/residual/t0": 0.1, "mine/weight": 1.0, "loss": 1.0}
     student = [
-        {"step": 1, "mine/loss": 3.0, "scm/tangent_norm": 0.5, "mine/loss/t0": 1.0, "mine/weight": 1.0, "loss": 1.0},
+        {"step": 1, "mine/loss": 3.0, "scm/tangent_norm": 0.5, "mine/residual": 0.2} | others,
         {"step": 2, "mine/loss": None, "dmd/loss": 7.0, "critic/loss": 5.0, "never/loss": None},
     ]
     teacher = [{"step": 9, "diffusion/loss": 2.0, "scm/tangent_norm": 1.0}]
@@ -40,6 +41,7 @@ def test_a_report_has_a_curve_for_every_loss_whoever_made_it(tmp_path):
     plots = {
         "teacher loss": {"diffusion": [[9, 2]]},
         "student losses": {"mine": [[1, 3]], "dmd": [[2, 7]]},
+        "residuals": {"mine": [[1, 0.2]]},
         "fake score loss": {"critic": [[2, 5]]},
         "norms": {"tangent": [[1, 0.5]]},
     }
@@ -48,3 +50,4 @@ def test_a_report_has_a_curve_for_every_loss_whoever_made_it(tmp_path):
     assert list(made["student losses"]) == ["mine", "dmd"]  # as they come
     assert list(curves.of_training(teacher)) == ["student losses", "norms"]
     assert curves.of_training(tmp_path / "nothing") == {}
+    assert "residual" in curves.note(made) and curves.note(curves.of_training(teacher)) == ""

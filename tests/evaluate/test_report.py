@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rcm_jax.evaluate import report
 from rcm_jax.evaluate.report import write_report
 from rcm_jax.evaluate.table import COLUMNS
+from tests.page import content_of
 
 ROWS = {
     "teacher 50": {"frechet_pixels": 0.36, "accuracy": 0.99},
@@ -40,11 +41,15 @@ def test_report(tmp_path):
     assert "student 1" in text and "0.400" in text
     picture = imageio.imread(tmp_path / "report" / "report.png")
     assert picture.shape[1] == 1640 and picture.shape[0] > 700 and picture[..., :3].std() > 20
+    page = content_of(tmp_path / "report" / "index.html")
+    assert page["note"] == f"two\nlines\nRows of the pictures: {', '.join(labels)}."
+    assert [plot["title"] for plot in page["plots"]] == ["loss 0", "loss 1", "loss 2"] and len(page["pictures"]) == 5
+    assert [row["title"] for row in page["table"]["rows"]] == list(ROWS)
     record = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
     assert record["rows"] == ROWS and record["title"] == "rCM on digits"
     assert record["panels"]["panel 0"] == [80, 8, 8, 1] and len(record["curves"]["loss 1"]["loss"]) == 100
     assert record["metadata"] == {"seed": 3, "times": [1.5, None]}
-    assert sorted(file.name for file in (tmp_path / "report").iterdir()) == ["report.json", "report.png"]
+    assert sorted(file.name for file in (tmp_path / "report").iterdir()) == ["index.html", "report.json", "report.png"]
 
 
 def test_panels_are_drawn_pixel_by_pixel(tmp_path):
@@ -79,7 +84,7 @@ OF_MIXTURES = ("map_error", "mmd", "sliced_wasserstein", "mode_kl", "modes_lost"
 
 @pytest.mark.parametrize("columns", [OF_MIXTURES, [name for name in COLUMNS if name not in OF_MIXTURES]], ids=len)
 def test_no_text_overlaps_or_leaves_the_page(columns):
-    data = contents()
+    data = contents(curves=4)
     rows = {row: dict.fromkeys(columns, 12.345) for row in ("real (training split)", "teacher 50", "student 1")}
     grids = {name: report._panel(images, 8, 5) for name, images in data["panels"].items()}
     curves = dict(data["curves"])

@@ -16,10 +16,12 @@ from rcm_jax.data.dataset import Dataset
 from rcm_jax.evaluate import classifier, distillation, mixture_report
 from rcm_jax.evaluate.mixture import Reference
 from rcm_jax.evaluate.reports import REPORTS, no_report
+from rcm_jax.media.picture import save_png
 from rcm_jax.method import trigflow
 from rcm_jax.run.experiment import SamplingConfig
 from rcm_jax.run.program import Network, Program
 from tests import tiny
+from tests.page import content_of
 from tests.scripts.conftest import ROOT
 
 fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compilation)
@@ -28,6 +30,11 @@ fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compil
 @dataclasses.dataclass(frozen=True)
 class MoonsConfig:
     """Stands for any config of data."""
+
+
+def record(**values):
+    """A dataclass of these fields."""
+    return dataclasses.make_dataclass("Record", [(name, object) for name in values])(**values)
 
 
 def finished(tmp_path, dataset, centres, teacher=True):
@@ -40,10 +47,11 @@ def finished(tmp_path, dataset, centres, teacher=True):
     params = {"centres": jnp.concatenate([jnp.asarray(centres), 0 * centres[:1]])}
     rows = [{"step": k, "mine/loss": 1 / k} for k in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = types.SimpleNamespace(
+    save_png(tmp_path / "samples/00000002.png", np.zeros((4, 4, 1), np.uint8))
+    run = record(
         seed=0,
         data=MoonsConfig(),
-        rcm=types.SimpleNamespace(name="mine", guidance=1.0),
+        rcm=record(name="mine", guidance=1.0),
         sampling=SamplingConfig(sigma_max=80.0, mid_times=((), (1.0,))),
         exact_teacher=False,
     )
@@ -76,6 +84,9 @@ def make_dataset(centres, noise, **options):
 
 
 def read(tmp_path):
+    page = content_of(tmp_path / "report/index.html")
+    assert ["sampling.sigma_max", "80.0"] in page["config"] and ["rcm.name", "mine"] in page["config"]
+    assert [preview["step"] for preview in page["previews"]] == [2]
     assert imageio.imread(tmp_path / "report/report.png").std() > 5
     return json.loads((tmp_path / "report/report.json").read_text(encoding="utf-8"))
 

@@ -65,6 +65,8 @@ def test_a_wheel(tmp_path):
     pytest.importorskip("hatchling")
     python("-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path), cwd=ROOT)
     (wheel,) = tmp_path.glob("*.whl")
-    names = [name for name in zipfile.ZipFile(wheel).namelist() if "kernels/" in name]
+    every = zipfile.ZipFile(wheel).namelist()
+    assert "rcm_jax/evaluate/page.html" in every
+    names = [name for name in every if "kernels/" in name]
     assert sorted(names) == sorted(f"rcm_jax/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py"))
     assert python("-c", USE_OURS, path=[wheel], cwd=tmp_path) == [str(wheel / "rcm_jax/kernels/attention.py")]

@@ -8,6 +8,7 @@ import sys
 import imageio.v3 as iio
 import pytest
 
+from tests.page import content_of
 from tests.scripts.conftest import ROOT, assert_refused
 
 SHRINK = """
@@ -69,3 +70,5 @@ def test_methods_are_compared_from_one_start(tmp_path):
     assert points[-1][0] == 4  # updates of the student in 16 iterations: one of warm-up, then every fifth
     assert "rCM, λ = 0.001, 4 steps" in process.stdout
     assert iio.imread(folder / "comparison/report.png").std() > 10
+    page = content_of(folder / "comparison/index.html")
+    assert [row["title"] for row in page["table"]["rows"]] == list(record["rows"])

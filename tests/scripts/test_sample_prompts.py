@@ -1,5 +1,7 @@
 """From prompts to files that a player opens, with tiny random weights in the layouts of published files."""
 
+import base64
+
 import av
 import imageio.v3 as imageio
 import jax
@@ -19,6 +21,7 @@ from rcm_jax.run import generate, workdir
 from rcm_jax.run.experiment import Predictor
 from tests import cosmos, tiny, wan
 from tests.media.test_text import WORDS, write_tokenizer
+from tests.page import content_of
 from tests.scripts.conftest import assert_refused, snapshot
 from tests.tiny import relative
 from tests.torch_pickle import save_state_dict
@@ -138,7 +141,23 @@ def test_a_teacher_of_converted_weights_makes_an_image_of_another_size(run_scrip
     assert image.shape == (32, 64, 3) and image.std() > 10
     same = ["--guidance=4.5", "--tile=100", "--negative_prompt="]  # for Cosmos, no negative prompt is zeros
     np.testing.assert_array_equal(sample("b.png", "--size=64x32", *same), image)
-    assert np.any(sample("c.png", "--size=64x32", "--negative_prompt=sits") != image)
+    page = tmp_path / "page.html"
+    assert np.any(sample("c.png", "--size=64x32", "--negative_prompt=sits", f"--sheet={page}") != image)
+    (row,) = content_of(page)["videos"]["rows"]
+    assert row["title"] == "a cat" and base64.b64decode(row["cells"][0]["data"]) == (tmp_path / "c.png").read_bytes()
+
+
+def test_a_page_has_a_row_for_every_prompt_and_a_column_for_every_seed(run_script, published, tmp_path):
+    prompts = ["--prompt=a cat", "--prompt=<b>", "--prompt=a cat"]
+    out = [f"--out={tmp_path / 'v.mp4'}", f"--sheet={tmp_path / 'page.html'}"]
+    process = run_script("sample", *wan_flags(published), *prompts, "--seeds=3,4", "--steps=2", "--batch=3", *out)
+    assert process.returncode == 0, process.stderr
+    content = content_of(tmp_path / "page.html")
+    assert content["videos"]["columns"] == ["seed 3", "seed 4"] and content["note"] == "Student, 2 steps."
+    for i, (row, title) in enumerate(zip(content["videos"]["rows"], ["1. a cat", "2. <b>", "3. a cat"], strict=True)):
+        assert row["title"] == title  # numbered: one was asked for twice
+        files = [(tmp_path / f"v-{i:03d}-seed{seed}.mp4").read_bytes() for seed in (3, 4)]
+        assert [base64.b64decode(cell["data"]) for cell in row["cells"]] == files
 
 
 REFUSED = [
@@ -151,6 +170,8 @@ REFUSED = [
     (["--prompt=a", "--out={to}/a.mp4", "--mode=teacher"], ["--mode=teacher", "holds a student"]),
     (["--prompt=a", "--out={to}/a.mp4", "--seeds=1,1"], ["--seeds=1,1", "none of them twice"]),
     (["--prompt=a", "--out={to}"], ["must end in .mp4"]),
+    (["--prompt=a", "--out={to}/a.mp4", "--sheet={to}/a.jpg"], ["a.jpg must end in .png or .html"]),
+    (["--prompt=a", "--out={to}/a.safetensors", "--sheet={to}/a.html"], ["latents cannot be shown"]),
     (["--out={to}/a.mp4"], ["there is no prompt"]),
 ]
 

@@ -7,6 +7,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
+from tests.page import content_of
 from tests.scripts.conftest import TINY, assert_refused, snapshot
 
 # Cells of 8×8 digits drawn eightfold with separators: the picture's size follows from rows and columns.
@@ -48,6 +49,11 @@ def test_report_holds_a_picture_and_a_row_for_every_sampler(trained):
     assert {"teacher", "student"} <= set(kinds)
     for name in record["rows"]:
         assert name in process.stdout
+    page = content_of(workdir / "report/index.html")
+    assert [preview["step"] for preview in page["previews"]] == [3, 6] and ["train.steps", "6"] in page["config"]
+    assert [row["title"] for row in page["table"]["rows"]] == list(record["rows"])
+    assert [picture["title"] for picture in page["pictures"]] == list(record["panels"])
+    assert {"residuals", "student losses"} <= record["curves"].keys() == {plot["title"] for plot in page["plots"]}
 
 
 def test_a_finished_run_started_again_trains_no_more(trained, run_script, tmp_path):
