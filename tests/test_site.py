@@ -29,6 +29,7 @@ def linked(markdown, repo_url=None, src_uri="results.md"):
 def test_every_wing_has_a_page():
     wings = {path.parent.name for path in TOP.glob("rcm_jax/*/__init__.py")}
     pages = {path.stem: path.read_text() for path in TOP.glob("docs/api/*.md")}
+    assert "::: rcm_jax\n" in pages.pop("rcm_jax")
     assert set(pages) == wings
     for wing, text in pages.items():
         assert text == f"# {wing}\n\n::: rcm_jax.{wing}\n"
