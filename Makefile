@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test smoke lint bench mutants clean
+.PHONY: demo test smoke lint bench mutants docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/python scripts/train.py --config=configs/digits.py --workdir=runs/digits
@@ -25,11 +25,16 @@ mutants: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m kernels.bench
 
-$(VENV)/installed: pyproject.toml
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+$(VENV)/installed: EXTRA = dev
+$(VENV)/installed-docs: EXTRA = docs
+$(VENV)/installed $(VENV)/installed-docs: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRA)]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -146,7 +146,7 @@ def table(rows: Rows, relative_to: str) -> dict[str, dict[str, float | None]]:
 
 
 def cells(rows: Rows) -> tuple[list[str], list[tuple[str, str]], list[list[str]]]:
-    """(metric names, their headings in two lines, formatted values [rows][metrics]); "-" stands for no value."""
+    """(metric names, their headings in two lines, formatted values of each row); "-" stands for no value."""
     present = {name for metrics in rows.values() for name in metrics}
     names = [name for name in COLUMNS if name in present] + sorted(present - COLUMNS.keys())
     columns = [COLUMNS.get(name, ("", name, ".3f", None)) for name in names]

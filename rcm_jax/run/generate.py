@@ -94,11 +94,13 @@ def load(
     """A generator from a workdir of a distillation (its averaged student), of a teacher, or of converted weights.
 
     Args:
-      folder, step: the workdir, and the step of its checkpoint; None: the newest.
+      folder: the workdir.
+      step: of its checkpoint; None: the newest.
       mode: "student" or "teacher": what converted weights are; a trained workdir knows.
       config: what says how to sample; None: the workdir's own.
-      size, frames: width × height and frames of pixels; None: the config's. For prompts alone, as what follows.
-      text_encoder, tokenizer, vae: paths of the published files around the network, any layout.
+      size: width and height in pixels; None: the config's. For prompts alone, as what follows.
+      frames: of pixels; None: the config's.
+      files: text_encoder, tokenizer, vae: paths of the published files around the network, any layout.
 
     Raises:
       ValueError: no workdir, another mode or config than its own, sizes that cannot be.
