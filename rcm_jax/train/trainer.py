@@ -34,6 +34,8 @@ class TrainConfig:
     sample_every: int = 1000
     keep: int = 2  # checkpoints kept
     wandb: bool = False
+    wandb_project: str = "rcm_jax"
+    wandb_name: str = ""  # of the run; "": the name of its workdir
     accumulate: int = 1  # parts of a batch, one after another: as many times less memory for activations
     offload: bool = False  # optimizer states lie in the memory of the hosts
     asynchronous: bool = False  # checkpoints are written while training goes on
@@ -119,7 +121,8 @@ def fit(training: Training, state: TrainState, teacher: Teacher, data, workdir, 
     """Train from the newest checkpoint of workdir, or from `state`, to config.steps; returns the last state.
 
     state is donated. data is an iterator with get_state/set_state (rcm_jax.data.dataset.batches), of the local rows.
-    on_sample(state, step), if given, is called every sample_every steps and at the end.
+    on_sample(state, step) -> metrics.Shown or None, if given, is called every sample_every steps and at the end, in all
+    processes.
     Raises Interrupted, after saving, if a signal asks to stop; ValueError when nothing is learned any more (Guard).
     """
     config, compiled = training.config, training.steps
@@ -128,7 +131,7 @@ def fit(training: Training, state: TrainState, teacher: Teacher, data, workdir, 
             jax.tree.map(lambda leaf: leaf.delete(), state)  # two states of 14B parameters need not fit
             state = checkpoint.restore(manager, training.state, data)
         step, window, guard = int(state.step), Window(), Guard(config.most_skips)
-        with _written(workdir, step, config.wandb) as write, _bar(training.label, step, config) as bar:
+        with _written(workdir, step, config) as (write, show), _bar(training.label, step, config) as bar:
             while step < config.steps:
                 rows = next(data)
                 index = rows.pop("index")
@@ -149,7 +152,7 @@ def fit(training: Training, state: TrainState, teacher: Teacher, data, workdir, 
                 if last or step % config.checkpoint_every == 0:
                     checkpoint.save(manager, state, data)
                 if on_sample and (last or step % config.sample_every == 0):
-                    on_sample(state, step)
+                    show(step, on_sample(state, step))
                 if stopping:
                     raise Interrupted(step)
     return state
@@ -165,13 +168,14 @@ def _bar(label, step, config) -> tqdm:
 
 
 @contextlib.contextmanager
-def _written(workdir, step, wandb):
-    """What writes metrics, (step, values) -> None: in the first process alone."""
+def _written(workdir, step, config):
+    """What writes metrics, (step, values) -> None, and previews, (step, Shown) -> None: in the first process alone."""
     if not distributed.first():
-        yield lambda step, values: None
+        yield (lambda step, values: None,) * 2
         return
-    with contextlib.closing(MetricsWriter(workdir, step, wandb)) as writer:
-        yield writer.write
+    writer = MetricsWriter(workdir, step, config.wandb, config.wandb_project, config.wandb_name)
+    with contextlib.closing(writer):
+        yield writer.write, writer.show
 
 
 def compile_steps(method: Method, shardings, key) -> dict[str, Callable]:
