@@ -1,8 +1,9 @@
 """Train: python scripts/train.py --config=digits.py --workdir=DIR [--config.key=value …]
 
 Pretrains a teacher in DIR/teacher if config.teacher names none, distils it into DIR, and writes DIR/report/ (videos of
-latents need config.media.vae_path). Started again on the same DIR it goes on from the newest checkpoint. With
---recipe=staged it trains by several methods, each from the student of the one before, in DIR/1_dcm, DIR/2_scm, DIR/3_rcm.
+latents need config.media.vae_path). Started again on the same DIR it goes on from the newest checkpoint.
+With --recipe=staged it trains by several methods, each from the student of the one before, in DIR/1_dcm, DIR/2_scm,
+DIR/3_rcm.
 
 On several hosts start the same command on each: with --distributed where SLURM, Kubernetes, a Cloud TPU or MPI say who
 is who, else with --coordinator=HOST:PORT --processes=N --process=I. DIR must be the same folder for all.

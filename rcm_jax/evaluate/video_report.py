@@ -50,13 +50,19 @@ def write_video_report(trained) -> str:
         "conditions of the data in the first row. All start from the same noise; rms: the root mean square distance "
         f"of latents.{'' if shown else f' {NO_VIDEOS}'}{curves.note(plots)}"
     )
-    config, previews = to_mapping(run), previews_of(trained.folder)
     write_page(
         folder / "index.html",
-        **dict(title=title, note=note, videos=videos, previews=previews, curves=plots, rows=rows, config=config),
+        title=title,
+        note=note,
+        videos=videos,
+        previews=previews_of(trained.folder),
+        curves=plots,
+        rows=rows,
+        config=to_mapping(run),
     )
     places = {
-        row: {name: str(path.relative_to(folder)) for name, path in files.items()} for row, files in videos.items()
+        example: {name: str(path.relative_to(folder)) for name, path in files.items()}
+        for example, files in videos.items()
     }
     metadata = {"seed": run.seed, "samples": asked.n}
     write_record(folder, title=title, footer=note, rows=rows, videos=places, curves=plots, metadata=metadata)
