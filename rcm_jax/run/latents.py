@@ -24,9 +24,9 @@ def fixed(dataset: Dataset, leave_out: Sequence[int] = ()) -> dict:
 def statistics(x0) -> dict[str, float]:
     """Of samples x0 [n, t, h, w, c], over the numbers that are finite; NaN where there are none.
 
-    mean, std, min, max; nonfinite: the share of numbers that are not finite. std_over_examples, for two and more: the
-    mean over places of the standard deviation there, 0 when all samples are the same. frame_change, for two frames and
-    more: the mean absolute difference of neighbouring frames, 0 for a video that stands still.
+    mean, std, min, max; nonfinite: the share of numbers that are not finite. std_over_examples, for two and more: of
+    the numbers in one place, root mean square over places; 0 when all samples are the same. frame_change, for two
+    frames and more: the mean absolute difference of neighbouring frames; 0 for a video that stands still.
     """
     x0 = np.asarray(x0, np.float32)
     finite = np.isfinite(x0)
@@ -41,7 +41,7 @@ def statistics(x0) -> dict[str, float]:
             "nonfinite": 1 - finite.mean(),
         }
         if x.shape[0] > 1:
-            values["std_over_examples"] = np.nanmean(np.nanstd(x, axis=0), dtype=np.float64)
+            values["std_over_examples"] = np.sqrt(np.nanmean(np.nanvar(x, axis=0, ddof=1), dtype=np.float64))
         if x.ndim == 5 and x.shape[1] > 1:
             values["frame_change"] = np.nanmean(np.abs(np.diff(x, axis=1)), dtype=np.float64)
     return {name: float(value) for name, value in values.items()}

@@ -194,7 +194,7 @@ def test_statistics_see_what_stands_still_what_is_alike_and_what_is_broken():
     assert of["mean"] == pytest.approx(x0.mean(), rel=1e-4) and of["std"] == pytest.approx(x0.std(), rel=1e-4)
     assert (of["min"], of["max"], of["nonfinite"]) == (x0.min(), x0.max(), 0)
     assert of["frame_change"] == pytest.approx(np.abs(x0[:, 1:] - x0[:, :-1]).mean(), rel=1e-4)
-    assert of["std_over_examples"] == pytest.approx(x0.std(axis=0).mean(), rel=1e-4)
+    assert of["std_over_examples"] == pytest.approx(np.sqrt(x0.var(axis=0, ddof=1).mean()), rel=1e-4)
     assert fixed_latents.statistics(x0[:1])["std"] and "std_over_examples" not in fixed_latents.statistics(x0[:1])
     assert "frame_change" not in fixed_latents.statistics(x0[:, :1])
     assert fixed_latents.statistics(np.repeat(x0[:1], 4, axis=0))["std_over_examples"] == 0
