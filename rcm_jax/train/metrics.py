@@ -1,4 +1,5 @@
-"""Training metrics: one JSON line a step logged, TensorBoard events, and Weights & Biases if asked for."""
+"""Training metrics: a JSON line for each step logged and for each preview with numbers, TensorBoard events, and Weights &
+Biases if asked for."""
 
 import json
 import math

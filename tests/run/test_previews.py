@@ -19,7 +19,7 @@ from rcm_jax.data import DigitsConfig, MixtureConfig
 from rcm_jax.media import vae
 from rcm_jax.parallel.sharding import MeshConfig, make_mesh
 from rcm_jax.run import latents as fixed_latents
-from rcm_jax.run import pipeline, pixels, previews
+from rcm_jax.run import pipeline, pixels, previews, workdir
 from rcm_jax.run.program import Program, assemble
 from rcm_jax.train.metrics import read_metrics
 from rcm_jax.util.config import revise
@@ -222,6 +222,14 @@ def test_what_cannot_decode_is_refused_and_nothing_is_written(given, tmp_path, m
     with pytest.raises(error, match=message):
         pipeline.train(latents.experiment(given, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_may_go_on_with_another_autoencoder_and_another_name(given, tmp_path):
+    run = latents.experiment(given)
+    workdir.claim(tmp_path / "run", run)
+    changes = {"media.vae_path": "", "train.wandb_project": "other", "train.wandb_name": "again"}
+    workdir.claim(tmp_path / "run", revise(run, changes))
+    assert workdir.read(tmp_path / "run").media.vae_path == ""
 
 
 def test_latents_that_the_autoencoder_does_not_take_are_refused(given):
