@@ -150,7 +150,11 @@ def _of_latents(program: Program) -> Preview:
         values = {f"preview/{name}": value for name, value in latents.statistics(samples).items()} | of_data
         if media is None or decoder is None:
             return Shown(values=values)
-        path, drawn = pixels.write_together(stem, media, decoder, samples, caption)
+        try:
+            path, drawn = pixels.write_together(stem, media, decoder, samples, caption)
+        except jax.errors.JaxRuntimeError as error:  # of this process alone, say no memory: training need not end
+            logging.warning("no %s: %s", stem.name, str(error).splitlines()[0])
+            return Shown(values=values)
         return Shown({"samples": drawn}, {"samples": path} if path.suffix == ".mp4" else {}, values)
 
     return Preview(asked, show)

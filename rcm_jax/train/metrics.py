@@ -1,5 +1,5 @@
-"""Training metrics: a JSON line for each step logged and for each preview with numbers, TensorBoard events, and Weights &
-Biases if asked for."""
+"""Training metrics: a JSON line for each step logged and for each preview with numbers, events of TensorBoard, and
+Weights & Biases if asked for."""
 
 import json
 import math

@@ -169,6 +169,17 @@ def test_samples_are_the_same_on_any_mesh_however_many_it_needs_at_once(trained)
     assert len(np.unique(drawn[0].round(3), axis=0)) == 5
 
 
+def test_a_decoder_without_memory_leaves_the_statistics(trained, tmp_path, monkeypatch, caplog):
+    def fail(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory\nand so on")
+
+    monkeypatch.setattr(pixels, "write_together", fail)
+    preview = previews._of_latents(trained[0].program)
+    shown = preview.show(np.zeros((4, *latents.SHAPE), np.float32), tmp_path / "00000007", "step 7")
+    assert shown.values["preview/std"] == 0 and not shown.pictures and not shown.videos
+    assert "no 00000007: RESOURCE_EXHAUSTED: no memory" in caplog.text
+
+
 def test_one_frame_is_a_png(given, tmp_path):
     run = latents.experiment(given)
     x0 = np.random.default_rng(0).normal(size=(3, 1, 4, 6, 4)).astype(np.float32)
