@@ -1,8 +1,9 @@
 """Train: python scripts/train.py --config=digits.py --workdir=DIR [--config.key=value …]
 
-Pretrains a teacher in DIR/teacher if config.teacher names none, distils it into DIR, and writes DIR/report/ for data
-that can be shown as they are. Started again on the same DIR it goes on from the newest checkpoint. With --recipe=staged
-it trains by several methods, each from the student of the one before, in DIR/1_dcm, DIR/2_scm, DIR/3_rcm.
+Pretrains a teacher in DIR/teacher if config.teacher names none, distils it into DIR, and writes DIR/report/ (videos of
+latents need config.media.vae_path). Started again on the same DIR it goes on from the newest checkpoint.
+With --recipe=staged it trains by several methods, each from the student of the one before, in DIR/1_dcm, DIR/2_scm,
+DIR/3_rcm.
 
 On several hosts start the same command on each: with --distributed where SLURM, Kubernetes, a Cloud TPU or MPI say who
 is who, else with --coordinator=HOST:PORT --processes=N --process=I. DIR must be the same folder for all.
@@ -95,12 +96,11 @@ def report(trained, started: float, say) -> None:
     if reason := reports.no_report(trained.dataset):
         say(reason)
         return
-    if distributed.several():
-        trained = pipeline.on_host(trained)
+    say(reports.REPORTS[trained.dataset.view](trained))
     if distributed.first():
-        print(reports.REPORTS[trained.dataset.view](trained))
-        took = f"{(time.time() - started) / 60:.1f} min in all"
-        print(f"{trained.folder / 'report'}: index.html, report.png, report.json ({took})")
+        folder = trained.folder / "report"
+        files = ", ".join(sorted(path.name for path in folder.iterdir()))
+        print(f"{folder}: {files} ({(time.time() - started) / 60:.1f} min in all)")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from rcm_jax.evaluate.arrays import labelled
 from rcm_jax.evaluate.page import previews_of
 from rcm_jax.evaluate.report import data_name, in_steps, write_report
 from rcm_jax.evaluate.table import evaluate_samples, make_reference, table
+from rcm_jax.media.picture import strokes
 from rcm_jax.run.previews import draw, labels_by_class
 from rcm_jax.util.config import to_mapping
 
@@ -47,7 +48,7 @@ def write_distillation_report(trained) -> str:
         network, steps = row.split()
         if row == first or network == "student":
             panels[f"{network}, {in_steps(int(steps))}"] = _by_class(samples, labels, dataset.num_classes)
-    if train.shape[-1] == 1 and train.mean() < 0.5:  # strokes: as ink on paper
+    if strokes(train):
         panels = {title: 1 - pixels for title, pixels in panels.items()}
     plots = curves.of_training(trained.folder, trained.teacher_folder)
     return write_report(

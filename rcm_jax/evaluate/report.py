@@ -69,10 +69,14 @@ def write_report(
         rows=rows, config=config,
     )  # fmt: skip
     shapes = {name: list(np.shape(images)) for name, images in panels.items()}
-    record = dict(title=title, footer=footer, rows=rows, panels=shapes, curves=curves, metadata=metadata or {})
-    text = json.dumps(plain(record), indent=1, allow_nan=False, ensure_ascii=False)
-    write_text(folder / "report.json", text + "\n")
+    write_record(folder, title=title, footer=footer, rows=rows, panels=shapes, curves=curves, metadata=metadata or {})
     return format_table(rows)
+
+
+def write_record(folder, **record) -> None:
+    """Writes folder/report.json; NaN and infinity become null."""
+    text = json.dumps(plain(record), indent=1, allow_nan=False, ensure_ascii=False)
+    write_text(pathlib.Path(folder) / "report.json", text + "\n")
 
 
 def data_name(config) -> str:

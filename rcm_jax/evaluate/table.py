@@ -34,6 +34,14 @@ COLUMNS = {
     "mode_kl": ("modes", "KL", ".4f", "low"),
     "modes_lost": ("modes", "lost", ".1f", "low"),
     "variance": ("variance", "ratio", ".2f", None),
+    "rms_to_teacher": ("rms to", "teacher", ".3f", "low"),
+    "mean": ("", "mean", ".3f", None),
+    "std": ("", "std", ".3f", None),
+    "min": ("", "min", ".2f", None),
+    "max": ("", "max", ".2f", None),
+    "std_over_examples": ("std over", "examples", ".3f", None),
+    "frame_change": ("change by", "frame", ".3f", None),
+    "nonfinite": ("share", "not finite", ".2g", "low"),
 }
 RATIOS = ("frechet_features", "frechet_pixels", "diversity")
 

@@ -1,10 +1,11 @@
 """Pictures: grids of images and points in the plane as arrays, without matplotlib; figures with it; PNG files."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import imageio.v3 as imageio
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from rcm_jax.util.extras import require
 from rcm_jax.util.files import write_whole
@@ -12,6 +13,7 @@ from rcm_jax.util.files import write_whole
 # The colours of all drawings; those in SERIES tell lines, or classes, apart.
 INK, GREY, RULE, PAPER = "#1f2430", "#697180", "#d9dde3", "#ffffff"
 SERIES = ("#2f5f8f", "#c4663a", "#4c8a68", "#8a68a6", "#a88a2c")
+LETTERS, BAR = 13, 24  # of captions: pixels of their letters, and of the line that they stand in
 SIZE, REACH = 368, 2.4  # of `scatter`: pixels, standard deviations of the data from the middle to the edge
 
 
@@ -40,6 +42,30 @@ def grid(images, columns: int, *, upscale: int = 1, separator: int = 1, backgrou
         top, left = separator + i // columns * h, separator + i % columns * w
         canvas[top : top + h - separator, left : left + w - separator] = image
     return canvas
+
+
+def captioned(picture, caption: str, rows: Sequence[str] = ()) -> np.ndarray:
+    """picture, uint8 [H, W, 1 or 3], on paper under a line of text → uint8 [H', W', 3] with even sides.
+
+    rows: what stands left of it, each beside one of as many parts of the same height. What is too narrow for its
+    caption gets paper on the right.
+    """
+    picture, font = np.asarray(picture), ImageFont.load_default(LETTERS)
+    height, width = picture.shape[:2]
+    left = 2 * LETTERS + max(int(font.getlength(row)) for row in rows) if rows else 0
+    size = max(left + width, int(font.getlength(caption)) + LETTERS), BAR + height
+    page = Image.new("RGB", [side + side % 2 for side in size], PAPER)
+    page.paste(Image.fromarray(np.broadcast_to(picture, (height, width, 3)).copy()), (left, BAR))
+    draw = ImageDraw.Draw(page)
+    draw.text((left + LETTERS // 2, BAR / 2), caption, INK, font, anchor="lm")
+    for i, row in enumerate(rows):
+        draw.text((left - LETTERS, BAR + (i + 0.5) * height / len(rows)), row, GREY, font, anchor="rm")
+    return np.asarray(page)
+
+
+def strokes(images) -> bool:
+    """Whether images [n, h, w, c] in [0, 1] are light strokes on black: they read best as ink on paper, 1 − images."""
+    return images.shape[-1] == 1 and bool(np.mean(images) < 0.5)
 
 
 def scatter(points, labels, *, density: Callable | None = None, size: int = SIZE, reach: float = REACH) -> np.ndarray:

@@ -7,6 +7,7 @@ sharded over them as over the devices of one process.
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -70,6 +71,18 @@ def told_by_first(word: str) -> str:
     buffer = np.zeros(WORD, np.uint8)
     buffer[: len(text)] = np.frombuffer(text, np.uint8)
     return bytes(multihost_utils.broadcast_one_to_all(buffer)).rstrip(b"\0").decode(errors="ignore")
+
+
+def by_first(work: Callable[[], object]) -> None:
+    """The first process alone works, and all hear its verdict: its ValueError or OSError is an error in all of them."""
+    refusal = None
+    if first():
+        try:
+            work()
+        except (ValueError, OSError) as error:
+            refusal = error
+    if word := told_by_first(str(refusal or "")):
+        raise refusal or ValueError(word)
 
 
 def local_rows(batch_size: int, mesh) -> np.ndarray:

@@ -55,7 +55,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 def check_batch(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
     """ValueError unless the global batch, in so many parts, divides over the data and fsdp axes of the mesh."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     unit = shards * parts
     if batch_size % unit:
         below = batch_size // unit * unit
@@ -136,6 +136,11 @@ def split(x, *names):
 def _size(axes, mesh) -> int:
     """Devices along those mesh axes together."""
     return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def batch_shards(mesh) -> int:
+    """Parts into which a batch is split."""
+    return _size(RULES["batch"], mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -65,6 +65,7 @@ class MediaConfig:
     clean_prompts: bool = False  # as Wan does
     zero_negative: bool = False  # an empty negative prompt is zeros, as Cosmos-Predict2 was trained; else the encoder's
     fps: int = 16  # frames of pixels in a second
+    vae_path: str = ""  # published weights of the autoencoder, any layout: previews and reports show pixels; "": none
 
     def __post_init__(self):
         if min(self.text_length, self.fps) < 1:

@@ -8,7 +8,7 @@ by `load` and `request`, before anything is computed.
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +16,8 @@ import numpy as np
 from safetensors.numpy import save as to_safetensors
 
 from rcm_jax import convert, data
-from rcm_jax.convert.files import open_tensors
 from rcm_jax.data.dataset import Dataset
-from rcm_jax.media import text, vae, video
+from rcm_jax.media import text, video
 from rcm_jax.media.picture import grid, save_png
 from rcm_jax.method.denoiser import Velocity
 from rcm_jax.models import AUTOENCODERS, TEXT_ENCODERS, check_network, network_of
@@ -26,6 +25,7 @@ from rcm_jax.models.records import record_of
 from rcm_jax.parallel.sharding import MeshConfig, make_mesh
 from rcm_jax.run import previews, workdir
 from rcm_jax.run.experiment import Experiment, MediaConfig, Pretraining
+from rcm_jax.run.pixels import frames, open_weights, write
 from rcm_jax.run.program import Network, make_network, student_sampler, teacher_sampler, zeros
 from rcm_jax.train import checkpoint, trainer
 from rcm_jax.util.files import write_whole
@@ -221,13 +221,6 @@ def _negative(media: MediaConfig, guidance: float | None, given: str | None) -> 
     return given or ""
 
 
-def open_weights(config, path) -> dict:
-    """The tensors of a published file or folder, not read yet; ValueError unless they are that model of that config."""
-    tensors = open_tensors(path)
-    convert.recognise(convert.name_of(config), tensors, config)
-    return tensors
-
-
 def conditions(wanted: Request) -> tuple[dict, dict]:
     """({name: [n, ...]} of what was asked for, the conditions that guidance replaces): the text encoder's work."""
     if wanted.tokens is None:
@@ -388,23 +381,3 @@ def _save_videos(samples: Samples, out: pathlib.Path, sheet, tile, tick) -> list
 def _save_tensors(path: pathlib.Path, tensors: dict) -> None:
     content = to_safetensors(tensors)
     write_whole(path, lambda temporary: temporary.write_bytes(content))
-
-
-def frames(media: MediaConfig, params, x0, tile: int | None = None) -> Iterator[np.ndarray]:
-    """The frames [h, w, 3] of latents x0 [t, h, w, c], in 0..255: one by one, or (tile: latents a side) in tiles."""
-    if tile is None:
-        chunks = vae.decode_chunks(media.vae, params, x0[None])
-    else:
-        chunks = [vae.decode(media.vae, params, x0[None], tile=tile)]
-    for chunk in chunks:
-        pixels = np.asarray(chunk[0], np.float32)
-        yield from np.round(np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
-
-
-def write(path: pathlib.Path, frames: Iterable[np.ndarray], fps: int) -> None:
-    """The frames in a file, by its suffix: .mp4, or .png for one frame."""
-    if path.suffix == ".mp4":
-        video.write_video(path, frames, fps)
-    else:
-        (frame,) = frames
-        save_png(path, frame)

@@ -11,7 +11,7 @@ from rcm_jax import data
 from rcm_jax.data.dataset import Dataset, batches, random_access
 from rcm_jax.parallel import distributed
 from rcm_jax.parallel.sharding import make_mesh
-from rcm_jax.run import previews, workdir
+from rcm_jax.run import pixels, previews, workdir
 from rcm_jax.run.experiment import Experiment
 from rcm_jax.run.program import Program, assemble
 from rcm_jax.train import checkpoint, trainer
@@ -45,8 +45,8 @@ def train(run: Experiment, folder, profile: tuple[int, int] | None = None, cache
     profile: two steps of the distillation, between which a trace is written to folder/profile. cache: a folder for
     compiled programs, so that a run that goes on need not compile them again; None: as JAX is set.
 
-    Raises ValueError, before anything is written, for a config that does not fit the data, the devices or the teacher;
-    trainer.Interrupted if asked to stop.
+    Raises ValueError or OSError, before anything is written, for a config that does not fit the data, the devices, the
+    teacher or the autoencoder; trainer.Interrupted if asked to stop.
     """
     folder = pathlib.Path(folder)
     if run.needs_teacher_network and not run.teacher and run.pretrain is None:
@@ -57,6 +57,7 @@ def train(run: Experiment, folder, profile: tuple[int, int] | None = None, cache
     if run.train.wandb or (run.pretrain and run.pretrain.train.wandb):
         wandb_library()
     program = assemble(run, make_mesh(run.mesh), data.load(run.data))
+    distributed.by_first(lambda: pixels.check(run.media, program.sample_shape))
     teacher_folder = params = None
     if run.teacher:  # read before anything is written
         teacher_folder = pathlib.Path(run.teacher)
@@ -121,7 +122,8 @@ def pretrain(program: Program, training: Training, folder) -> TrainState:
     run, dataset = program.run, program.dataset
     state = trainer.place(training, jax.random.key(run.seed), program.network.make_params)
     stream = _stream(training, dataset, run.seed)
-    shown = previews.hook(program, program.teacher_sampler(F=program.network.F), folder)
+    caption = f"{run.sampling.teacher_steps}-step teacher (EMA), guidance {run.rcm.guidance:g}"
+    shown = previews.hook(program, program.teacher_sampler(F=program.network.F), folder, caption)
     return trainer.fit(training, state, program.teacher(None), stream, folder, shown)
 
 
@@ -143,7 +145,8 @@ def distil(program: Program, params, folder, student=None, fake_score=None, prof
         params = as_dtype(params, run.teacher_dtype)
     teacher = program.teacher(params)
     stream = _stream(training, program.dataset, run.seed + 1)
-    shown = previews.hook(program, program.student_sampler(), folder)
+    caption = f"{len(run.sampling.mid_times)}-step student (EMA)"
+    shown = previews.hook(program, program.student_sampler(), folder, caption)
     return trainer.fit(training, state, teacher, stream, folder, shown, profile), teacher
 
 

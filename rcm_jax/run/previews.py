@@ -1,21 +1,29 @@
-"""Pictures of what a network samples while it trains: workdir/samples/STEP.png, as the data say how they are shown."""
+"""What a network samples while it trains: workdir/samples/STEP.png or .mp4, and statistics of latents, as the data say.
 
-import contextlib
+All processes sample together, with the parameters where they are: on the mesh of the training, a few samples at a time.
+The first process draws, decodes and writes.
+"""
+
 import pathlib
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
 
-from rcm_jax.data.dataset import Dataset
-from rcm_jax.media.picture import SIZE, grid, save_png, scatter
+from rcm_jax.data.dataset import Dataset, random_access
+from rcm_jax.media.picture import SIZE, captioned, grid, save_png, scatter, strokes
 from rcm_jax.parallel import distributed
+from rcm_jax.parallel.sharding import batch_shards, replicated
+from rcm_jax.run import latents, pixels
 from rcm_jax.run.program import Program
+from rcm_jax.train.metrics import Shown
 
 BATCH = 400  # sampled at once
 EACH = 8  # samples of a class in a grid
 POINTS = 2_000  # in a scatter
+WIDTH, GAP = 400, 3  # of a grid in a preview, about; of the paper between its images
 
 
 def draw(sampler, params, key, labels, shape) -> np.ndarray:
@@ -30,6 +38,39 @@ def draw(sampler, params, key, labels, shape) -> np.ndarray:
     return np.concatenate(parts)[: len(labels)]
 
 
+class Asked(NamedTuple):
+    """What is sampled: n samples of a shape, for conditions {name: [n, ...]} in numpy."""
+
+    n: int
+    cond: dict
+    shape: tuple[int, ...]
+    at_once: int = 1  # or more, as many as the mesh needs
+
+
+def draw_on_mesh(mesh, sampler, params, key, asked: Asked) -> np.ndarray:
+    """Samples [n, *shape], in numpy, in every process; all must call it, with parameters on that mesh.
+
+    Sample i depends on key, i and its conditions alone. At once are drawn at_once samples, or the next multiple of
+    data × fsdp, over which they are split as a batch is; what is drawn in excess is thrown away.
+    """
+    shards = batch_shards(mesh)
+    size = -(-asked.at_once // shards) * shards
+    mine, parts = distributed.local_rows(size, mesh), []
+    with jax.set_mesh(mesh):
+        for start in range(0, asked.n, size):
+            ids = start + mine
+            rows = {name: x[ids % asked.n] for name, x in asked.cond.items()}
+            batch = distributed.global_batch({"ids": ids.astype(np.uint32), "cond": rows}, size, mesh)
+            x0 = sampler(params, key, batch["ids"], batch["cond"], asked.shape)
+            first = jax.jit(_first, static_argnums=1, out_shardings=replicated(mesh))
+            parts.append(np.asarray(first(x0, min(size, asked.n - start))))
+    return np.concatenate(parts)
+
+
+def _first(x, n):
+    return x[:n]
+
+
 def labels_by_class(dataset: Dataset, each: int) -> np.ndarray:
     """0, 0, …, 1, 1, …: `each` of every class."""
     return np.repeat(np.arange(dataset.num_classes or 0), each)
@@ -38,42 +79,82 @@ def labels_by_class(dataset: Dataset, each: int) -> np.ndarray:
 def picture(dataset: Dataset, samples, labels, columns: int = EACH, upscale: int = 4) -> np.ndarray:
     """One picture, uint8 [H, W, c], of samples [n, ...] with labels [n]: a grid of so many columns, or a scatter.
 
-    ValueError for data that take a decoder.
+    Images that are light strokes on black are drawn as ink on paper. ValueError for data that take a decoder.
     """
     if dataset.to_image is not None:
-        return grid(dataset.to_image(samples), columns, upscale=upscale)
+        some = random_access(dataset.train)[np.arange(min(BATCH, len(random_access(dataset.train))))]["x0"]
+        images = np.asarray(dataset.to_image(samples))
+        images = 1 - images if strokes(dataset.to_image(some)) else images
+        return grid(images, columns, upscale=upscale, separator=GAP, background=1.0)
     if dataset.view == "scatter":
-        times = 1 if len(samples) > POINTS else 3  # few dots are drawn large
+        times = 3 if len(samples) <= POINTS // 4 else 2 if len(samples) <= POINTS else 1  # few dots are drawn large
         return grid(scatter(samples, labels, size=SIZE // times)[None], 1, upscale=times, separator=0)
     raise ValueError("these samples take a decoder to be shown: scripts/sample.py draws them")
 
 
-def shown_labels(dataset: Dataset) -> np.ndarray:
-    """Of which classes a preview shows samples."""
-    if dataset.view == "grid":
-        return labels_by_class(dataset, EACH)
-    return labels_by_class(dataset, -(-POINTS // (dataset.num_classes or 1)))
+class Preview(NamedTuple):
+    """What a preview asks for, and what shows its samples: (samples, path without suffix, caption) -> Shown."""
+
+    asked: Asked
+    show: Callable[[np.ndarray, pathlib.Path, str], Shown]
 
 
-def hook(program: Program, sampler: Callable, folder) -> Callable | None:
-    """What `fit` calls now and then, (state, step) -> None; None, and a word, for data that cannot be shown here.
+def hook(program: Program, sampler: Callable, folder, caption: str) -> Callable:
+    """What `fit` calls now and then: (state, step) -> Shown of the averaged network, None but in the first process.
 
-    Of several processes the first draws.
+    caption: what samples, and how. All processes must call this, and what it returns.
     """
-    dataset, run = program.dataset, program.run
-    if dataset.view == "video":
-        if distributed.first():
-            logging.warning("no samples while it trains: latents take a decoder; scripts/sample.py draws them")
-        return None
+    dataset, key = program.dataset, jax.random.fold_in(jax.random.key(program.run.seed), 4)
+    asked, show = (_of_latents if dataset.view == "video" else _of_classes)(program)
 
-    def write(state, step):
-        several = distributed.several()
-        params = distributed.on_host(state.ema) if several else state.ema
+    def preview(state, step) -> Shown | None:
+        samples = draw_on_mesh(program.mesh, sampler, state.ema, key, asked)
         if not distributed.first():
-            return
-        key, labels = jax.random.fold_in(jax.random.key(run.seed), 4), shown_labels(dataset)
-        with contextlib.nullcontext() if several else jax.set_mesh(program.mesh):
-            samples = draw(sampler, params, key, labels, dataset.sample_shape)
-        save_png(pathlib.Path(folder) / "samples" / f"{step:08d}.png", picture(dataset, samples, labels))
+            return None
+        return show(samples, pathlib.Path(folder) / "samples" / f"{step:08d}", f"step {step} · {caption}")
 
-    return write
+    return preview
+
+
+def _of_classes(program: Program) -> Preview:
+    """Samples of every class: a row of images for each, or points in the plane."""
+    dataset, classes = program.dataset, program.dataset.num_classes or 0
+    in_grid = dataset.view == "grid"
+    labels = labels_by_class(dataset, EACH if in_grid else POINTS // classes)
+    upscale = max(1, WIDTH // (EACH * dataset.sample_shape[1])) if in_grid else 1
+    names = [str(label) for label in range(classes)] if in_grid else []
+
+    def show(samples, stem, caption):
+        drawn = captioned(picture(dataset, samples, labels, upscale=upscale), caption, names)
+        save_png(stem.with_suffix(".png"), drawn)
+        return Shown({"samples": drawn})
+
+    return Preview(Asked(len(labels), {"label": labels.astype(np.int32)}, dataset.sample_shape, BATCH), show)
+
+
+def _of_latents(program: Program) -> Preview:
+    """Samples for a few examples of the data: their statistics and, with an autoencoder, their pixels side by side."""
+    dataset, run, shape = program.dataset, program.run, program.dataset.sample_shape
+    media, examples = run.media, latents.fixed(dataset, run.train.leave_out)
+    asked = Asked(len(examples["x0"]), examples["cond"], shape)
+    of_data = {f"preview/{name}_of_data": value for name, value in latents.statistics(examples["x0"]).items()}
+    decoder: Any = None
+    if media is not None and media.vae_path:
+        logging.warning("previews: %d samples as samples/STEP%s, and statistics", asked.n, pixels.suffix(shape))
+        if distributed.first():  # half a GB of its host: the file may go, and is not read again and again
+            decoder = pixels.read_decoder(media)
+    else:
+        logging.warning("previews: statistics of latents, no pictures: config.media.vae_path names no autoencoder")
+
+    def show(samples, stem, caption):
+        values = {f"preview/{name}": value for name, value in latents.statistics(samples).items()} | of_data
+        if media is None or decoder is None:
+            return Shown(values=values)
+        try:
+            path, drawn = pixels.write_together(stem, media, decoder, samples, caption)
+        except jax.errors.JaxRuntimeError as error:  # of this process alone, say no memory: training need not end
+            logging.warning("no %s: %s", stem.name, str(error).splitlines()[0])
+            return Shown(values=values)
+        return Shown({"samples": drawn}, {"samples": path} if path.suffix == ".mp4" else {}, values)
+
+    return Preview(asked, show)

@@ -16,7 +16,8 @@ from rcm_jax.util.files import check_local, new_folder, write_text
 # What may change between a run and its continuation. (More pretraining steps would be another teacher.)
 COMPUTED = ("mesh.data", "mesh.fsdp", "mesh.seq", "model.attention", "model.remat")  # the same numbers, otherwise
 SHOWN = ("sampling.", "media.")  # groups: how samples are drawn, not what is learned
-HABITS = ("log_every", "checkpoint_every", "sample_every", "keep", "wandb", "offload", "asynchronous")
+HABITS = ("log_every", "checkpoint_every", "sample_every", "keep", "offload", "asynchronous")
+HABITS += ("wandb", "wandb_project", "wandb_name")
 RESCUED = ("most_skips", "leave_out")  # what may save a run that diverges, and so may its
 PACE = ("learning_rate", "warmup_steps", "decay_steps", "final_scale")
 LEARNERS = ("rcm.student", "rcm.fake_score", "rcm.weighting", "pretrain.method.optimizer")
@@ -47,14 +48,7 @@ def claim(folder, config: Predictor) -> None:
 
     Of several processes the first alone looks and decides, and all hear its verdict.
     """
-    refusal = None
-    if distributed.first():
-        try:
-            _claim(pathlib.Path(folder), config)
-        except (ValueError, OSError) as error:
-            refusal = error
-    if word := distributed.told_by_first(str(refusal or "")):
-        raise refusal or ValueError(word)
+    distributed.by_first(lambda: _claim(pathlib.Path(folder), config))
 
 
 def _claim(folder: pathlib.Path, config: Predictor) -> None:

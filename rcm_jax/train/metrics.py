@@ -1,4 +1,5 @@
-"""Training metrics: one JSON line a step logged, TensorBoard events, and Weights & Biases if asked for.
+"""Training metrics: a JSON line for each step logged and for each preview with numbers, events of TensorBoard, and
+Weights & Biases if asked for.
 
 What is learned and how fast are two files: the first is the same whenever and wherever a run is made again.
 """
@@ -7,6 +8,7 @@ import json
 import math
 import pathlib
 import secrets
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -17,39 +19,68 @@ from rcm_jax.util.extras import require
 from rcm_jax.util.files import write_text
 
 
+class Shown(NamedTuple):
+    """What a preview shows, under the names of curves and panels."""
+
+    pictures: Mapping[str, np.ndarray] = {}  # uint8 [H, W, 1 or 3]; of a video, some of its frames
+    videos: Mapping[str, pathlib.Path] = {}  # files that Weights & Biases play; TensorBoard has their pictures
+    values: Mapping[str, float] = {}
+
+
 class MetricsWriter:
     """Writes metrics.jsonl, pace.jsonl and TensorBoard events to a workdir.
 
     Opened at the step of a resume, it forgets later lines.
+    The workdir's config.json, if it is there, goes to TensorBoard as a text and to Weights & Biases as the config.
+    project, name: of the run in Weights & Biases; "": the workdir's name.
     """
 
-    def __init__(self, workdir, step: int, wandb: bool = False):
+    def __init__(self, workdir, step: int, wandb: bool = False, project: str = "rcm_jax", name: str = ""):
         workdir = pathlib.Path(workdir)
         self.paths = [workdir / "metrics.jsonl", workdir / "pace.jsonl"]
         for path in self.paths:
             kept = [row for row in _rows(path) if row["step"] <= step]
             write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        config = json.loads(made.read_text()) if (made := workdir / "config.json").exists() else {}
+        self.events.add_text("config", f"```json\n{json.dumps(config, indent=1)}\n```", step)
         self.wandb = None
         if wandb:
-            library = wandb_library()
+            self.library = library = wandb_library()
             note = workdir / "wandb_id"  # a resumed run goes on in the same curves
             if not note.exists():
                 write_text(note, secrets.token_hex(4))
+            again = dict(id=note.read_text(), resume="allow", allow_val_change=True)
             self.wandb = library.init(
-                project="rcm_jax", name=workdir.name, id=note.read_text(), resume="allow", dir=str(workdir)
+                project=project, name=name or workdir.name, config=config, dir=str(workdir), **again
             )
 
-    def write(self, step: int, values: dict, pace: dict) -> None:
+    def write(self, step: int, values: Mapping[str, float], pace: Mapping[str, float] | None = None) -> None:
         """A line of {name: number} in each file; a number that is not finite is written as null."""
         for path, numbers in zip(self.paths, (values, pace), strict=True):
+            if numbers is None:
+                continue
             row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in numbers.items()}
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-        for name, value in (values | pace).items():
+        numbers = {**values, **(pace or {})}
+        for name, value in numbers.items():
             self.events.add_scalar(name, value, step)
         if self.wandb:
-            self.wandb.log(values | pace, step=step)
+            self.wandb.log(numbers, step=step)
+
+    def show(self, step: int, shown: Shown | None) -> None:
+        """The pictures, videos and values of a preview; None: there is nothing."""
+        if shown is None:
+            return
+        if shown.values:
+            self.write(step, shown.values)
+        for name, picture in shown.pictures.items():
+            self.events.add_image(name, picture, step, dataformats="HWC")
+        if self.wandb:
+            pictures = {name: self.library.Image(picture) for name, picture in shown.pictures.items()}
+            videos = {name: self.library.Video(str(path), format="mp4") for name, path in shown.videos.items()}
+            self.wandb.log(pictures | videos, step=step)
 
     def close(self) -> None:
         """Flush and close."""

@@ -33,6 +33,8 @@ class TrainConfig:
     sample_every: int = 1000
     keep: int = 2  # checkpoints kept
     wandb: bool = False
+    wandb_project: str = "rcm_jax"
+    wandb_name: str = ""  # of the run; "": the name of its workdir
     accumulate: int = 1  # parts of a batch, one after another: as many times less memory for activations
     offload: bool = False  # optimizer states lie in the memory of the hosts
     asynchronous: bool = False  # checkpoints are written while training goes on
@@ -120,8 +122,8 @@ def fit(
     """Train from the newest checkpoint of workdir, or from `state`, to config.steps; returns the last state.
 
     state is donated. data is an iterator with get_state/set_state (rcm_jax.data.dataset.batches), of the local rows.
-    on_sample(state, step), if given, is called every sample_every steps and at the end. profile: two counts of steps
-    between which a trace is written to workdir/profile.
+    on_sample(state, step) -> metrics.Shown or None, if given, is called every sample_every steps and at the end, in all
+    processes. profile: two counts of steps between which a trace is written to workdir/profile.
     Raises Interrupted, after saving, if a signal asks to stop; ValueError when nothing is learned any more (Guard).
     """
     config = training.config
@@ -133,7 +135,7 @@ def fit(
         check_trace(profile, step, config.steps)
         pace = Pace(training.steps, training.method.open_trips, step)
         with (
-            _written(workdir, step, config.wandb) as write,
+            _written(workdir, step, config) as (write, show),
             Console(training.label, step, config.steps) as console,
             traced(workdir, profile) as trace,
         ):
@@ -163,7 +165,7 @@ def fit(
                         checkpoint.save(manager, state, data)
                 if on_sample and (last or step % config.sample_every == 0):
                     with pace.stopped("previews", state):
-                        on_sample(state, step)
+                        show(step, on_sample(state, step))
                 if stopping:
                     raise Interrupted(step)
             trace(step, state)
@@ -171,13 +173,15 @@ def fit(
 
 
 @contextlib.contextmanager
-def _written(workdir, step, wandb):
-    """What writes metrics, (step, values, pace) -> None: in the first process alone."""
+def _written(workdir, step, config):
+    """What writes metrics, (step, values, pace) -> None, and previews, (step, Shown) -> None: in the first process
+    alone."""
     if not distributed.first():
-        yield lambda step, values, pace: None
+        yield lambda step, values, pace: None, lambda step, shown: None
         return
-    with contextlib.closing(MetricsWriter(workdir, step, wandb)) as writer:
-        yield writer.write
+    writer = MetricsWriter(workdir, step, config.wandb, config.wandb_project, config.wandb_name)
+    with contextlib.closing(writer):
+        yield writer.write, writer.show
 
 
 def compile_steps(method: Method, shardings, key) -> dict[str, Callable]:

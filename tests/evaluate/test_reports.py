@@ -148,7 +148,6 @@ def test_data_without_a_report_have_a_reason(monkeypatch):
         dataset = load(config)
         assert dataset.view in REPORTS and no_report(dataset) == ""
     for changes, words in [
-        (dict(view="video"), "latents take a decoder; scripts/sample.py draws them"),
         (dict(test=None), "held-out data"),
         (dict(num_classes=None), "classes"),
     ]:

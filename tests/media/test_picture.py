@@ -6,7 +6,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 
-from rcm_jax.media.picture import SERIES, figure, grid, save_png, scatter
+from rcm_jax.media.picture import SERIES, captioned, figure, grid, save_png, scatter, strokes
 
 
 def test_layout():
@@ -44,6 +44,24 @@ def test_broken_values_are_drawn():
 def test_bad_images(images, options, message):
     with pytest.raises(ValueError, match=message):
         grid(images, 2, **options)
+
+
+def test_a_caption_stands_above_and_names_of_rows_on_the_left():
+    picture = np.full((61, 301, 1), 7, np.uint8)
+    page = captioned(picture, "step 12 · student", ["0", "10"])
+    assert page.dtype == np.uint8 and page.shape[0] == 24 + 61 + 1 and page.shape[1] % 2 == 0 and page.shape[2] == 3
+    left = page.shape[1] - 301 - page.shape[1] % 2 - (page[24, -1, 0] == 255)
+    np.testing.assert_array_equal(page[24:85, left : left + 301], np.broadcast_to(picture, (61, 301, 3)))
+    ink = (page != 255).any(axis=-1)
+    assert ink[:24].any() and ink[24:54, :left].any() and ink[54:, :left].any()
+    assert ink[24:54, :left].sum() != ink[54:, :left].sum()  # other names
+    narrow = captioned(picture[:, :11], "a caption that is much wider than what it is of")
+    assert narrow.shape[1] > 200 and (narrow[24:, 12:] == 255).all()
+
+
+def test_light_strokes_on_black_are_told_from_other_images():
+    dark = np.zeros((3, 4, 4, 1))
+    assert strokes(dark) and not strokes(dark + 0.8) and not strokes(np.zeros((3, 4, 4, 3)))
 
 
 def test_points_are_drawn_where_they_are_in_the_colours_of_their_classes():

@@ -1,6 +1,7 @@
 """Several processes on 127.0.0.1 train as one does, and end when one of them is gone."""
 
 import contextlib
+import json
 import socket
 import subprocess
 import sys
@@ -10,8 +11,12 @@ import jax
 import numpy as np
 import pytest
 
+from configs import wan_1_3b
+from rcm_jax.run import workdir as workdirs
+from rcm_jax.run.experiment import Predictor
 from rcm_jax.train import checkpoint
 from rcm_jax.train.metrics import read_metrics
+from tests import latents, tiny, wan
 from tests.scripts.conftest import ROOT, TINY, assert_refused, finish
 
 
@@ -21,10 +26,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start_all(start_script, processes, workdir, *flags, devices=1):
-    """The processes of one run, on a tiny distillation of the digits, with checkpoints as the real runs write them."""
+def start_all(start_script, processes, workdir, *flags, devices=1, run=TINY):
+    """The processes of one run, a tiny distillation of the digits by default, with checkpoints as the real runs write
+    them."""
     cluster = [f"--coordinator=127.0.0.1:{free_port()}", f"--processes={processes}", "--heartbeat=20"]
-    arguments = [f"--workdir={workdir}", *TINY, "--config.train.asynchronous=True", *flags, *cluster]
+    arguments = [f"--workdir={workdir}", *run, "--config.train.asynchronous=True", *flags, *cluster]
     options = dict(devices=devices, small=True)
     return [start_script("train", *arguments, f"--process={i}", **options) for i in range(processes)]
 
@@ -72,6 +78,48 @@ def test_the_others_end_when_one_is_killed_and_all_go_on_exactly(trained, start_
     assert "trained" not in second.stdout and "rCM:" not in second.stderr
     assert (tmp_path / "run/report/report.png").exists()
     assert sorted(path.name for path in (tmp_path / "run/samples").iterdir()) == ["00000003.png", "00000006.png"]
+
+
+def finite(path) -> dict:
+    """The rows of a report.json; every number must be there."""
+    rows = json.loads(path.read_text())["rows"]
+    assert all(value is not None for row in rows.values() for value in row.values())
+    return rows
+
+
+@pytest.mark.slow
+def test_two_processes_preview_and_report_latents_together(start_script, run_script, tmp_path):
+    """A tiny Wan, split over four devices of two processes: neither has all of its parameters."""
+    rng, run = np.random.default_rng(0), wan_1_3b.tiny(wan_1_3b.EXPERIMENT)
+    x0, text = rng.normal(size=(12, 2, 4, 6, 4)), rng.normal(size=(12, 6, 8))
+    teacher = jax.tree.map(np.asarray, wan.random_params(run.model))
+    workdirs.write_converted(tmp_path / "teacher", Predictor(run.model), teacher)
+    latents.write_vae(tmp_path / "vae.safetensors", run.media.vae)
+    flags = [
+        "--config=configs/wan_1_3b.py:tiny,dcm",
+        f"--config.data.path={tiny.write_latents(tmp_path / 'latents', x0, text)}",
+        f"--config.teacher={tmp_path / 'teacher'}",
+        f"--config.media.vae_path={tmp_path / 'vae.safetensors'}",
+        "--config.train.steps=2",
+        "--config.train.sample_every=1",
+        "--config.mesh.fsdp=2",
+        "--config.mesh.seq=2",
+        "--config.sampling.teacher_steps=3",
+    ]
+    one = run_script("train", f"--workdir={tmp_path / 'one'}", *flags, devices=4)
+    assert one.returncode == 0, one.stderr
+    first, second = map(finish, start_all(start_script, 2, tmp_path / "run", devices=2, run=flags))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert first.stdout.count("student, 4 steps") == 1 and "student" not in second.stdout
+    for folder in ("samples", "report/videos"):
+        ours, theirs = ({path.name for path in (tmp_path / run / folder).iterdir()} for run in ("run", "one"))
+        assert ours == theirs and len(ours) == (2 if folder == "samples" else 4 * 5)
+    ours, theirs = (finite(tmp_path / run / "report/report.json") for run in ("run", "one"))
+    for row, values in theirs.items():
+        assert ours[row] == pytest.approx(values, rel=0.05, abs=0.02), row  # bfloat16, in another order
+    ours, theirs = ([row for row in read_metrics(tmp_path / run) if "preview/std" in row] for run in ("run", "one"))
+    assert [row["step"] for row in ours] == [1, 2]
+    assert ours[1] == pytest.approx(theirs[1], rel=0.05, abs=0.02)
 
 
 @pytest.mark.slow
