@@ -5,35 +5,34 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test smoke lint bench mutants docs clean
 
-demo: $(VENV)/installed
-	$(BIN)/python scripts/train.py --config=configs/digits.py --workdir=runs/digits
+demo: $(VENV)/installed-demo
+	$(BIN)/python scripts/train.py --config=configs/digits.py --workdir=runs/digits --devices=2
 
-test: $(VENV)/installed
+test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-smoke: $(VENV)/installed
+smoke: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m smoke
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --level error --pythonpath $(BIN)/python
 
-mutants: $(VENV)/installed
+mutants: $(VENV)/installed-dev
 	$(BIN)/python tests/mutants.py $(ONLY)
 
-bench: $(VENV)/installed
+bench: $(VENV)/installed-dev
 	$(BIN)/python -m kernels.bench
 
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
-$(VENV)/installed: EXTRA = dev
-$(VENV)/installed-docs: EXTRA = docs
-$(VENV)/installed $(VENV)/installed-docs: pyproject.toml
+# The packages of an extra of pyproject.toml.
+$(VENV)/installed-%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRA)]"
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	touch $@
 
 clean:
