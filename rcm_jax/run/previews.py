@@ -18,6 +18,7 @@ from rcm_jax.parallel import distributed
 from rcm_jax.parallel.sharding import batch_shards, replicated
 from rcm_jax.run import latents, pixels
 from rcm_jax.run.program import Program
+from rcm_jax.train.console import say
 from rcm_jax.train.metrics import Shown
 
 BATCH = 400  # sampled at once
@@ -140,11 +141,11 @@ def _of_latents(program: Program) -> Preview:
     of_data = {f"preview/{name}_of_data": value for name, value in latents.statistics(examples["x0"]).items()}
     decoder: Any = None
     if media is not None and media.vae_path:
-        logging.warning("previews: %d samples as samples/STEP%s, and statistics", asked.n, pixels.suffix(shape))
+        say(f"previews: {asked.n} samples as samples/STEP{pixels.suffix(shape)}, and statistics")
         if distributed.first():  # half a GB of its host: the file may go, and is not read again and again
             decoder = pixels.read_decoder(media)
     else:
-        logging.warning("previews: statistics of latents, no pictures: config.media.vae_path names no autoencoder")
+        say("previews: statistics of latents, no pictures: config.media.vae_path names no autoencoder")
 
     def show(samples, stem, caption):
         values = {f"preview/{name}": value for name, value in latents.statistics(samples).items()} | of_data

@@ -41,15 +41,16 @@ class Console:
         """One step is done."""
         self.bar.update()
 
-    def show(self, step: int, values: Mapping[str, float], pace: Mapping[str, float], last: bool = False) -> None:
-        """A window of the log that ended with `step`; the last one is always told."""
+    def show(
+        self, step: int, values: Mapping[str, float], pace: Mapping[str, float], left: float, last: bool = False
+    ) -> None:
+        """A window of the log that ended with `step`, `left` seconds before the end; the last one is always told."""
         told = ", ".join([*losses(values), *pace_words(pace)])
         if self.terminal:
             self.bar.set_postfix_str(told, refresh=False)
         elif last or time.monotonic() - self.told >= OFTEN:
             self.told = time.monotonic()
-            left = span((self.steps - step) * pace["pace/step_seconds"] / max(pace["pace/goodput"], 0.01))
-            say(f"{self.label} {step:,}/{self.steps:,}: {told}{'' if step == self.steps else f', {left} left'}")
+            say(f"{self.label} {step:,}/{self.steps:,}: {told}{'' if step == self.steps else f', {span(left)} left'}")
 
 
 def losses(values: Mapping[str, float]) -> list[str]:

@@ -29,7 +29,7 @@ class Pace:
         self.compiled: dict[str, jax.stages.Compiled] = {}
         self.flops: dict[str, float] = {}  # of one run on one chip; nan if it cannot be read
         self.lost: dict[str, float] = dict.fromkeys(LOSSES, 0.0)  # seconds since the loop began
-        self.began = time.perf_counter()
+        self.first, self.began = step, time.perf_counter()
         self.phase_began = step, self.began
         self._open_window(step)
 
@@ -90,6 +90,11 @@ class Pace:
                 values["pace/share_of_peak"] = rate * 1e12 / peak
         self._open_window(step)
         return values | {f"pace/{what}_seconds": seconds for what, seconds in lost.items()} | memory()
+
+    def left(self, step: int, steps: int) -> float:
+        """Seconds until `steps`, if all go as those until now, but for what was compiled."""
+        each = (time.perf_counter() - self.began - self.lost["compilation"]) / max(step - self.first, 1)
+        return each * (steps - step)
 
     def forecast(self, step: int, steps: int, state) -> str:
         """How long the rest takes, ENOUGH steps after the first of a new phase; else ""."""

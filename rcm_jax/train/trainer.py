@@ -156,7 +156,7 @@ def fit(
                 if last or step % config.log_every == 0:
                     reading, speed = window.read(), pace.read(step)
                     write(step, reading.values, speed)
-                    console.show(step, reading.values, speed, last)
+                    console.show(step, reading.values, speed, pace.left(step, config.steps), last)
                     guard.follow(step, reading)
                 if words := pace.forecast(step, config.steps, state):
                     say(f"{training.label}: {words}")

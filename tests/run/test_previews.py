@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import struct
 import sys
 import types
@@ -127,13 +126,13 @@ def test_tensorboard_and_wandb_get_the_picture_the_video_and_the_config(trained)
 
 
 def test_previews_change_nothing_that_is_learned_and_without_an_autoencoder_they_are_statistics(
-    trained, given, tmp_path, monkeypatch, caplog
+    trained, given, tmp_path, monkeypatch, capsys
 ):
     done, _ = trained
     changes = {"mesh": MeshConfig(1, 4, 2), "train.wandb_name": "other"}
-    with caplog.at_level(logging.WARNING):
-        plain = pipeline.train(latents.experiment(given, vae=False, **changes), tmp_path / "plain")
-    assert "previews: statistics of latents, no pictures: config.media.vae_path names no autoencoder" in caplog.text
+    plain = pipeline.train(latents.experiment(given, vae=False, **changes), tmp_path / "plain")
+    said = capsys.readouterr().err
+    assert "previews: statistics of latents, no pictures: config.media.vae_path names no autoencoder" in said
     assert not (tmp_path / "plain/samples").exists()
     values = {row["step"]: row for row in read_metrics(plain.folder) if "preview/std" in row}
     assert set(values) == {3, 6}

@@ -56,6 +56,14 @@ def test_the_next_window_begins_anew_and_a_program_is_compiled_once():
     assert values["pace/tflops_per_chip"] > 0
 
 
+def test_what_is_left_does_not_count_compilation_again():
+    clock = pace.Pace({}, 1.0, 10)
+    clock.began -= 100
+    clock.lost["compilation"] = 80.0
+    assert clock.left(20, 40) == pytest.approx(40, abs=0.5)
+    assert clock.left(40, 40) == 0
+
+
 def test_data_that_come_while_the_devices_work_cost_nothing():
     class Busy:
         step = type("Pending", (), {"is_ready": lambda self: False})()
@@ -148,9 +156,9 @@ def test_a_line_has_losses_what_went_wrong_and_the_pace(capsys):
         "pace/goodput": 0.8,
     }
     with console.Console("rCM", 0, 10_000) as told:
-        told.show(100, values, speed)
-        told.show(101, values, speed)  # too soon after the last
-        told.show(10_000, values, speed, last=True)
+        told.show(100, values, speed, 24_750.0)
+        told.show(101, values, speed, 24_748.0)  # too soon after the last
+        told.show(10_000, values, speed, 0.0, last=True)
     assert capsys.readouterr().err.splitlines() == [
         "rCM 100/10,000: scm 0.512, scm/nonfinite 0.25, 2 s a step, 412 TFLOP/s a chip (42%), 71.2 GiB, goodput 80%, "
         "6 h 52 min left",
