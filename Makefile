@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test smoke lint bench mutants docs clean
 
 demo: $(VENV)/installed-demo
-	$(BIN)/python scripts/train.py --config=configs/digits.py --workdir=runs/digits --devices=2
+	$(BIN)/python scripts/train.py --config=configs/digits.py --workdir=runs/digits
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"

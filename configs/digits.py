@@ -28,14 +28,13 @@ MODEL = DiTConfig(
     num_layers=3,
     num_heads=4,
     remat="full",  # on a CPU computing a block again costs less than storing what the scan would keep
-    attention="reference",  # of 16 tokens: tiles would be one, and cost more than they save
 )
 PRETRAIN = PretrainConfig(
     method=DiffusionMethod(
         DiffusionConfig(LogNormal(-0.2, 1.2)),
-        OptimizerConfig(2e-3, b1=0.9, b2=0.99, weight_decay=0.0, decay_steps=3600, final_scale=0.05),
+        OptimizerConfig(2e-3, b1=0.9, b2=0.99, weight_decay=0.0, decay_steps=5000, final_scale=0.05),
     ),
-    train=TrainConfig(steps=3600, batch_size=96),
+    train=TrainConfig(steps=5000, batch_size=128),
 )
 # As the real runs, but for the small dimension (64 instead of 2e6): dmd.scale = consistency.scale weighs DMD about as
 # lambda = 0.01 does there, and a learning rate that decays lets 1,800 student updates be enough.
@@ -51,7 +50,7 @@ EXPERIMENT = Experiment(
     data=DigitsConfig(),
     pretrain=PRETRAIN,
     rcm=RCM,
-    train=TrainConfig(steps=4400, batch_size=96),
+    train=TrainConfig(steps=4400, batch_size=128),
     sampling=SamplingConfig(mid_times=((), (0.8,), (1.0, 0.5), (1.1, 0.6, 0.25))),  # of 1, 2, 3 and 4 steps
 )
 

@@ -35,16 +35,11 @@ HEARTBEAT = flags.DEFINE_integer(
 RECIPE = flags.DEFINE_string("recipe", None, "Several methods, one after another: a name in configs/methods.RECIPES.")
 PROFILE = flags.DEFINE_string("profile", None, "START:END, steps of the distillation: a trace goes to DIR/profile.")
 CACHE = flags.DEFINE_string("cache", None, "Folder of compiled programs; DIR/cache if not given, none if empty.")
-DEVICES = flags.DEFINE_integer(
-    "devices", None, "Devices that a CPU counts as; with one for each core small networks are faster.", lower_bound=1
-)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main():
     started = time.time()
-    if DEVICES.value:
-        jax.config.update("jax_num_cpu_devices", DEVICES.value)
     if DISTRIBUTED.value or any(flag.present for flag in (COORDINATOR, PROCESSES, PROCESS)):
         distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
     say = print if distributed.first() else lambda *_: None
