@@ -62,6 +62,19 @@ def test_batch_that_does_not_divide_by_the_mesh_is_refused_with_the_numbers(run_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--profile=4", ["--profile=4 must be START:END"]),
+        ("--profile=4:9", ["0 <= START < END <= 6"]),
+        ("--profile=3:3", ["START < END"]),
+    ],
+)
+def test_steps_that_cannot_be_traced_are_refused(run_script, tmp_path, flag, words):
+    assert_refused(run_script("train", f"--workdir={tmp_path / 'new'}", *TINY, flag), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_workdir_of_another_config_is_refused_with_the_difference(run_script, tmp_path):
     write_config(tmp_path / "there", revise(RUN, {"model.dim": 32}))
     before = snapshot(tmp_path)

@@ -1,12 +1,14 @@
 """The whole path as a user walks it, tiny: train, go on, sample."""
 
 import json
+import re
 import shutil
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 
+from rcm_jax.train.metrics import read_pace
 from tests.page import content_of
 from tests.scripts.conftest import TINY, assert_refused, snapshot
 
@@ -35,6 +37,11 @@ def test_training_writes_teacher_student_metrics_samples_and_report(trained):
     assert not list(workdir.rglob("*.partial"))
     assert "report" in process.stdout
     assert "Traceback" not in process.stderr
+    assert [row["step"] for row in read_pace(workdir)] == steps_of(workdir)
+    assert {"pace/step_seconds", "pace/tflops_per_chip", "pace/goodput"} <= read_pace(workdir)[-1].keys()
+    begins = re.search(r"rCM: DiT of ([\d,]+) parameters on 1 × cpu", process.stderr)
+    assert begins and int(begins[1].replace(",", "")) > 1000
+    assert "4 of pretraining, then 6 steps of 8 samples [8, 8, 1]; 1,437 examples" in process.stderr
 
 
 def test_report_holds_a_picture_and_a_row_for_every_sampler(trained):
