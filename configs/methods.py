@@ -11,7 +11,7 @@
 | dcm, dcm_dmd | consistency in discrete time, alone and with DMD |
 | dmd, dmd_fixed | DMD alone, its rollouts at random times and at the mid times of the sampler |
 
-`smoke`, with or without one of them, is the same in under a minute: to see that everything runs here.
+`smoke`, with or without one of them, is the same in about a minute: to see that everything runs here.
 
 A variant or a method is a function Experiment -> Experiment.
 """
@@ -71,20 +71,22 @@ def student_updates(run: Experiment) -> int:
 
 
 def smoke(run):
-    """At most 120 steps, and 200 of pretraining; schedules and the report are cut to match."""
-    changes = {"rcm.warmup": min(run.rcm.warmup, 20), "sampling.report_samples": 400}
-    changes |= _short("train", run.train, 120) | _short("rcm.student", run.rcm.student, 120)
+    """At most 40 steps, and 40 of pretraining; schedules and report are cut to match, and the batches of a demo."""
+    changes = {"rcm.warmup": min(run.rcm.warmup, 10), "sampling.report_samples": 200}
+    changes["sampling.teacher_steps"] = min(run.sampling.teacher_steps, 10)
+    changes |= _short("train", run.train, 40) | _short("rcm.student", run.rcm.student, 40)
     if run.rcm.fake_score:
-        changes |= _short("rcm.fake_score", run.rcm.fake_score, 120)
+        changes |= _short("rcm.fake_score", run.rcm.fake_score, 40)
     if run.pretrain:
-        changes |= _short("pretrain.train", run.pretrain.train, 200)
-        changes |= _short("pretrain.method.optimizer", run.pretrain.method.optimizer, 200)
+        changes |= _short("pretrain.train", run.pretrain.train, 40)
+        changes |= {"train.batch_size": 32, "pretrain.train.batch_size": 32}
+        changes |= _short("pretrain.method.optimizer", run.pretrain.method.optimizer, 40)
     return revise(run, changes)
 
 
 def _short(group: str, config, steps: int) -> dict:
     """What makes a group of a config that says how long, a TrainConfig or an OptimizerConfig, short."""
-    most = {"steps": steps, "log_every": 20, "sample_every": 60, "warmup_steps": 10, "decay_steps": steps}
+    most = {"steps": steps, "log_every": 20, "warmup_steps": 10, "decay_steps": steps}
     values = {key: getattr(config, key) for key in most if hasattr(config, key)}
     return {f"{group}.{key}": min(value, most[key]) for key, value in values.items()}
 

@@ -53,12 +53,12 @@ def test_smoke_makes_every_method_short(module):
     for name in PHASES:
         run = run_of(module, f"smoke,{name}")
         assert run == run_of(module, f"{name},smoke")
-        assert run.train.steps <= 120 and run.sampling.report_samples == 400
+        assert run.train.steps <= 40 and run.sampling.report_samples == 200
         whole = run_of(module, name).rcm
         phases = {rcm_phase(run.rcm, i) for i in range(run.train.steps)}
         assert phases == {rcm_phase(whole, i) for i in range(2000)}  # all of them have their turn
         if run.pretrain:
-            assert run.pretrain.train.steps == run.pretrain.method.optimizer.decay_steps == 200
+            assert run.pretrain.train.steps == run.pretrain.method.optimizer.decay_steps == 40
 
 
 def test_the_table_of_methods_is_the_one_tested():
