@@ -92,26 +92,32 @@ def _short(group: str, config, steps: int) -> dict:
 
 
 def scm(run):
+    """sCM alone, with as many updates of the student."""
     return revise(run, {"train.steps": student_updates(run)} | WITHOUT_DMD)
 
 
 def scm_semi(run):
+    """Its derivative by a difference in t."""
     return revise(scm(run), {"rcm.consistency.derivative": "semi"})
 
 
 def scm_discrete(run):
+    """Its derivative by a difference altogether."""
     return revise(scm(run), {"rcm.consistency.derivative": "discrete"})
 
 
 def rcm_adaptive(run):
+    """rCM with the adaptive weighting of the sCM paper."""
     return revise(run, {"rcm.weighting": dataclasses.replace(run.rcm.student, learning_rate=1e-2, weight_decay=0.0)})
 
 
 def scm_adaptive(run):
+    """sCM with the adaptive weighting of the sCM paper."""
     return scm(rcm_adaptive(run))
 
 
 def sct(run):
+    """sCM that follows the data: no teacher, random parameters at first."""
     changes = {"rcm.consistency.follows": "data", "rcm.guidance": 1.0}
     return revise(scm(run), changes | {"teacher": "", "pretrain": None, "exact_teacher": False})
 
@@ -123,6 +129,7 @@ def rf_rcm(run):
 
 
 def rf_scm(run):
+    """`rf_rcm` without DMD."""
     return scm(rf_rcm(run))
 
 
@@ -132,16 +139,19 @@ def dcm_dmd(run):
 
 
 def dcm(run):
+    """dCM alone: it has no tangent, and no warm-up."""
     alone = {"rcm.warmup": 0, "train.steps": student_updates(run)} | WITHOUT_DMD
     return revise(run, {"rcm.consistency": DcmConfig(scale=run.rcm.consistency.scale)} | alone)
 
 
 def dmd(run):
+    """DMD alone, with as many updates of the student."""
     steps = student_updates(run) * run.rcm.dmd.update_freq
     return revise(run, {"train.steps": steps, "rcm.consistency": None, "rcm.warmup": 0})
 
 
 def dmd_fixed(run):
+    """DMD alone, its rollouts at the sampler's times."""
     return revise(dmd(run), {"rcm.dmd.mid_times": run.sampling.mid_times[run.rcm.dmd.max_rollout - 1]})
 
 

@@ -78,6 +78,7 @@ def curve(judge, trained, before: int) -> list[tuple[int, float]]:
 
 
 def main():
+    """Trains every method on every seed, and compares them."""
     started = time.time()
     run = common.experiment(CONFIG)
     if not isinstance(run.data, MixtureConfig) or run.rcm.consistency is None or run.rcm.dmd is None:

@@ -27,6 +27,7 @@ flags.mark_flags_as_required(["model", "src", "dst"])
 
 
 def main():
+    """Reads published weights, and writes a workdir of them."""
     jax.config.update("jax_platforms", "cpu")  # leave accelerators to whoever trains on them
     kind, config = convert.named(MODEL.value)
     check_new_folder(DST.value)

@@ -16,6 +16,7 @@ OUT = flags.DEFINE_string("out", None, "A PNG file.", required=True)
 
 
 def main():
+    """Draws the metrics of the runs."""
     runs = {}
     for run in RUN.value:
         name, _, folder = run.partition("=")

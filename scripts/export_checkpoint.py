@@ -41,6 +41,7 @@ flags.mark_flags_as_required(["checkpoint", "dst"])
 
 
 def main():
+    """Reads a workdir, and writes its weights under published names."""
     jax.config.update("jax_platforms", "cpu")  # leave accelerators to whoever trains on them
     run = workdir.read(CHECKPOINT.value)
     kind = kind_of(NETWORKS, run.model)

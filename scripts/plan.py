@@ -54,6 +54,7 @@ flags.mark_flags_as_required(["config", "topology"])
 
 
 def main():
+    """Compiles, and prints what is needed."""
     counts = [int(t.partition(":")[2]) for t in TOPOLOGY.value if re.fullmatch(r"cpu:[1-9]\d*", t)]
     if counts:
         jax.config.update("jax_num_cpu_devices", max(counts))

@@ -40,6 +40,7 @@ NUMBERS = [
 
 
 def main():
+    """Measures, and writes the picture, the table and the record."""
     start = time.perf_counter()
     require("matplotlib", "demo", "the picture")
     if not OUT.value.endswith(".png"):

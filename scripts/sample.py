@@ -59,6 +59,7 @@ FOR_PROMPTS = (PROMPT, PROMPTS, NEGATIVE, TEXT_ENCODER, TOKENIZER, VAE, SIZE, FR
 
 
 def main():
+    """Checks everything, samples, and writes the files."""
     clock = {}
     with timed(clock, "checks"):
         seeds, out = read_seeds(), pathlib.Path(OUT.value)

@@ -39,6 +39,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main():
+    """Trains, and writes the reports."""
     started = time.time()
     if DISTRIBUTED.value or any(flag.present for flag in (COORDINATOR, PROCESSES, PROCESS)):
         distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)

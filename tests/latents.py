@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from configs import methods, wan_1_3b
 from rcm_jax import convert
@@ -51,6 +52,15 @@ BLEND = Network(
 def add_network(monkeypatch) -> None:
     """The network, as config.model.kind=blend."""
     monkeypatch.setitem(NETWORKS, "blend", BLEND)
+
+
+def given(tmp_path_factory):
+    """As a fixture: the folder with all that a run reads, and the network in its table."""
+    with pytest.MonkeyPatch.context() as patch:
+        add_network(patch)
+        folder = tmp_path_factory.mktemp("given")
+        write_all(folder)
+        yield folder
 
 
 def write_all(folder, examples: int = 12) -> None:

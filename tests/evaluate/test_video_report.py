@@ -1,7 +1,6 @@
 """The report on latents, with videos and without."""
 
 import json
-import re
 import sys
 
 import av
@@ -16,20 +15,12 @@ from rcm_jax.run import latents as fixed_latents
 from rcm_jax.run import pipeline
 from rcm_jax.util.config import revise
 from tests import latents, tiny
+from tests.page import content_of
 
 fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compilation)
+given = pytest.fixture(scope="module")(latents.given)
 
 TEACHER, STUDENTS = "teacher, 5 steps", ("student, 1 step", "student, 2 steps", "student, 4 steps")
-
-
-@pytest.fixture(scope="module")
-def given(tmp_path_factory):
-    """The folder with all that a run reads."""
-    with pytest.MonkeyPatch.context() as patch:
-        latents.add_network(patch)
-        folder = tmp_path_factory.mktemp("given")
-        latents.write_all(folder)
-        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +32,8 @@ def trained(given, tmp_path_factory):
 
 def read(folder):
     """(report.json, what the page shows)"""
-    content = re.search(r'id="content">(.*?)</script>', (folder / "report/index.html").read_text(), re.DOTALL)[1]
-    return json.loads((folder / "report/report.json").read_text(), parse_constant=pytest.fail), json.loads(content)
+    report = json.loads((folder / "report/report.json").read_text(), parse_constant=pytest.fail)
+    return report, content_of(folder / "report/index.html")
 
 
 def test_teacher_and_student_are_shown_and_compared_on_examples_of_the_data(trained):

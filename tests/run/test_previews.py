@@ -28,16 +28,7 @@ fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compil
 
 NAMES = {"mean", "std", "min", "max", "nonfinite", "std_over_examples", "frame_change"}
 LATENTS = {f"preview/{name}{of}" for name in NAMES for of in ("", "_of_data")}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def given(tmp_path_factory):
-    """The folder with all that a run reads."""
-    with pytest.MonkeyPatch.context() as patch:
-        latents.add_network(patch)
-        folder = tmp_path_factory.mktemp("given")
-        latents.write_all(folder)
-        yield folder
+given = pytest.fixture(scope="module", autouse=True)(latents.given)
 
 
 def stand_in(told):
