@@ -41,17 +41,19 @@ from jax.custom_derivatives import SymbolicZero, linear_call
 from jaxtyping import Array
 
 from . import blockwise, pallas_tpu, reference, triton
+from .masks import BlockCausal
 from .reference import K, Q, Row
 
 
 class Implementation(NamedTuple):
     """Three functions with the signatures of those of `kernels.reference`.
 
-    forward(q, k, v, scale, wide) -> (o, lse), with o in the dtype of q or, wide, in that of lse
-    tangent(q, k, v, o, lse, dq, dk, dv, scale) -> do, where a None tangent is zero and costs nothing
-    backward(q, k, v, o, lse, g, live, scale) -> (dq, dk, dv), None where `live` is False: the transpose of tangent
+    forward(q, k, v, scale, wide, mask=None) -> (o, lse), with o in the dtype of q or, wide, in that of lse
+    tangent(q, k, v, o, lse, dq, dk, dv, scale, mask=None) -> do, where a None tangent is zero and costs nothing
+    backward(q, k, v, o, lse, g, live, scale, mask=None) -> (dq, dk, dv), None where `live` is False: the transpose
 
     The derivatives take an o of either dtype; a wide one spares them an error (`kernels.reference`).
+    mask is a `kernels.masks.BlockCausal`, or left out: all keys are seen.
     """
 
     forward: Callable
@@ -71,7 +73,15 @@ KERNELS = {"gpu": "triton", "tpu": "pallas_tpu"}
 FASTEST: dict[str, str] = {}
 
 
-def flash_attention(q: Q, k: K, v: K, *, scale: float | None = None, implementation: str = "auto") -> Q:
+def flash_attention(
+    q: Q,
+    k: K,
+    v: K,
+    *,
+    scale: float | None = None,
+    mask: BlockCausal | None = None,
+    implementation: str = "auto",
+) -> Q:
     """softmax(Q Kᵀ·scale) V.
 
     Args:
@@ -79,6 +89,8 @@ def flash_attention(q: Q, k: K, v: K, *, scale: float | None = None, implementat
       k: [b, m, n, d], same dtype; m may differ from l (cross-attention).
       v: [b, m, n, d], same dtype.
       scale: multiplies Q Kᵀ; d**-0.5 if None. A Python number, not differentiated.
+      mask: which keys a query sees, a `kernels.masks.BlockCausal`; all of them if None. The queries
+        are the last l of the m keys. What nobody sees is neither computed nor loaded.
       implementation: "auto" or a name in IMPLEMENTATIONS. What is chosen is logged once.
 
     Returns:
@@ -87,15 +99,17 @@ def flash_attention(q: Q, k: K, v: K, *, scale: float | None = None, implementat
       default: it may round the factors, P too.
 
     Raises:
-      ValueError: unknown implementation, one that does not run here or on such inputs, or shapes that do not fit.
-      TypeError: dtypes that are not floating point, or differ.
+      ValueError: unknown implementation, one that does not run here or on such inputs, shapes that do not fit, or
+        under a mask more queries than keys.
+      TypeError: dtypes that are not floating point, or differ; a mask that is no BlockCausal.
     """
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     _check(q, k, v)
+    _check_mask(mask, q.shape[1], k.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     name = resolve(implementation)
     _log_choice(jax.default_backend(), implementation, name)
-    o, _ = _attend(IMPLEMENTATIONS[name], scale, False, *_vary_alike(q, k, v))
+    o, _ = _attend(IMPLEMENTATIONS[name], scale, mask, False, *_vary_alike(q, k, v))
     return o
 
 
@@ -147,6 +161,23 @@ def _check(q: Array, k: Array, v: Array):
         raise ValueError(f"attention over nothing is undefined, got {shapes}: every axis must be at least 1 long")
 
 
+def _check_mask(mask, l, m):
+    """Raises where a mask is not what flash_attention's docstring asks for."""
+    if mask is None:
+        return
+    if not isinstance(mask, BlockCausal):
+        wanted, got = (f"{x.__module__}.{x.__qualname__}" for x in (BlockCausal, type(mask)))  # kernels has two names
+        raise TypeError(
+            f"attention takes a mask that is None or a {wanted}, got a {got}: "
+            "a mask is static and never an array, so that kernels can skip what it hides"
+        )
+    if l > m:
+        raise ValueError(
+            f"under a mask the queries are the last of the keys, got {l} queries and {m} keys: "
+            "give the keys of the queries too, behind those of the cache"
+        )
+
+
 def _vary_alike(*arrays: Array):
     """Inside shard_map, marks arrays as varying over every mesh axis that one of them varies over; else does nothing.
 
@@ -158,41 +189,46 @@ def _vary_alike(*arrays: Array):
     return [jax.lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(arrays, missing, strict=True)]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _attend(implementation: Implementation, scale, wide: bool, q: Q, k: K, v: K) -> tuple[Q, Row]:
+def _seeing(mask):
+    """The mask's argument, left out where there is none: an implementation need not know of masks."""
+    return {} if mask is None else {"mask": mask}
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _attend(implementation: Implementation, scale, mask, wide: bool, q: Q, k: K, v: K) -> tuple[Q, Row]:
     """(o, lse), differentiable: lse has no tangent."""
-    return implementation.forward(q, k, v, scale, wide)
+    return implementation.forward(q, k, v, scale, wide, **_seeing(mask))
 
 
 @functools.partial(_attend.defjvp, symbolic_zeros=True)
-def _attend_jvp(implementation, scale, wide, primals, tangents):
+def _attend_jvp(implementation, scale, mask, wide, primals, tangents):
     # The op itself, not its forward function: an outer derivative (of a jvp, of a vjp) differentiates the value made
     # here, and its residuals are that inner value. So every level names its own; a policy keeps o once for each.
-    o, lse = _attend(implementation, scale, True, *primals)
+    o, lse = _attend(implementation, scale, mask, True, *primals)
     o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
     no_lse_tangent = SymbolicZero(jax.typeof(lse).to_tangent_aval())
     live = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents)
-    do = _push_forward(implementation, scale, jax.lax.stop_gradient((*primals, o, lse)), live)
+    do = _push_forward(implementation, scale, mask, jax.lax.stop_gradient((*primals, o, lse)), live)
     dtype = o.dtype if wide else primals[0].dtype
     return (o.astype(dtype), lse), (do.astype(dtype), no_lse_tangent)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _push_forward(implementation: Implementation, scale, residuals, tangents) -> Q:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _push_forward(implementation: Implementation, scale, mask, residuals, tangents) -> Q:
     """ȯ from residuals (q, k, v, o, lse) and tangents (dq, dk, dv), None for zero: linear in the tangents."""
     live = tuple(t is not None for t in tangents)
     return linear_call(
-        lambda residuals, tangents: implementation.tangent(*residuals, *tangents, scale),
-        lambda residuals, g: implementation.backward(*residuals, g, live, scale),
+        lambda residuals, tangents: implementation.tangent(*residuals, *tangents, scale, **_seeing(mask)),
+        lambda residuals, g: implementation.backward(*residuals, g, live, scale, **_seeing(mask)),
         residuals,
         tangents,
     )
 
 
 @_push_forward.defjvp
-def _push_forward_jvp(implementation, scale, primals, tangents):
+def _push_forward_jvp(implementation, scale, mask, primals, tangents):
     # linear_call refuses residuals with tangents, even tangents that are arrays of zeros (as scan makes them).
     residuals, live = primals
     _, live_tangents = tangents
-    do = _push_forward(implementation, scale, residuals, live)
-    return do, _push_forward(implementation, scale, residuals, live_tangents)
+    do = _push_forward(implementation, scale, mask, residuals, live)
+    return do, _push_forward(implementation, scale, mask, residuals, live_tangents)

@@ -11,6 +11,8 @@ dtype of the inputs; lse is kept in the dtype of the computation. So is the O th
 `wide`: what all rows of V share cancels in H V − rowsum(H)∘O, but the rounding of O would not, and
 counts rowsum(H) times.
 
+Under a mask (`kernels.masks`) the scores of the keys that a query does not see are −∞ in S.
+
 Axes are b batch, l queries, m keys, n heads, d features. These functions hold whole [b, n, l, m] arrays and are here to
 be read and compared with.
 """
@@ -18,6 +20,8 @@ be read and compared with.
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from .masks import BlockCausal
 
 Q = Float[Array, "b l n d"]  # and what is shaped like it: O, Ȯ, their cotangents, dQ
 K = Float[Array, "b m n d"]  # and V
@@ -41,28 +45,45 @@ def _scores(q: Q, k: K, scale) -> Float[Array, "b n l m"]:
     return scale * _product("blnd,bmnd->bnlm", q, k)
 
 
+def _masked_scores(q: Q, k: K, scale, mask: BlockCausal | None) -> Float[Array, "b n l m"]:
+    """S."""
+    s = _scores(q, k, scale)
+    return s if mask is None else jnp.where(mask.seen(q.shape[1], k.shape[1]), s, -jnp.inf)
+
+
 def _per_query(x: Row) -> Float[Array, "b l n 1"]:
     """To stand beside O."""
     return jnp.swapaxes(x, 1, 2)[..., None]
 
 
-def attention(q: Q, k: K, v: K, scale=None) -> Q:
+def attention(q: Q, k: K, v: K, scale=None, mask: BlockCausal | None = None) -> Q:
     """softmax(Q Kᵀ·scale) V in the dtype of q; scale is d**-0.5 if None. For JAX to differentiate."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _product("bnlm,bmnd->blnd", jax.nn.softmax(_scores(q, k, scale), axis=-1), v).astype(q.dtype)
+    return _product("bnlm,bmnd->blnd", jax.nn.softmax(_masked_scores(q, k, scale, mask), axis=-1), v).astype(q.dtype)
 
 
-def forward(q: Q, k: K, v: K, scale, wide=False) -> tuple[Q, Row]:
+def forward(q: Q, k: K, v: K, scale, wide=False, mask: BlockCausal | None = None) -> tuple[Q, Row]:
     """O in the dtype of q, or `wide` in that of the computation, which lse has."""
-    s = _scores(q, k, scale)
+    s = _masked_scores(q, k, scale, mask)
     lse = jax.nn.logsumexp(s, axis=-1)
     p = jnp.exp(s - lse[..., None])
     return _product("bnlm,bmnd->blnd", p, v).astype(lse.dtype if wide else q.dtype), lse
 
 
-def tangent(q: Q, k: K, v: K, o: Q, lse: Row, dq: Q | None, dk: K | None, dv: K | None, scale) -> Q:
+def tangent(
+    q: Q,
+    k: K,
+    v: K,
+    o: Q,
+    lse: Row,
+    dq: Q | None,
+    dk: K | None,
+    dv: K | None,
+    scale,
+    mask: BlockCausal | None = None,
+) -> Q:
     """Ȯ along (dq, dk, dv), of which None stands for zero and costs nothing."""
-    p = jnp.exp(_scores(q, k, scale) - lse[..., None])
+    p = jnp.exp(_masked_scores(q, k, scale, mask) - lse[..., None])
     do = jnp.zeros(q.shape, lse.dtype)
     if dv is not None:
         do += _product("bnlm,bmnd->blnd", p, dv)
@@ -72,11 +93,11 @@ def tangent(q: Q, k: K, v: K, o: Q, lse: Row, dq: Q | None, dk: K | None, dv: K 
     return do.astype(q.dtype)
 
 
-def backward(q: Q, k: K, v: K, o: Q, lse: Row, g: Q, live: Live, scale) -> Gradients:
+def backward(q: Q, k: K, v: K, o: Q, lse: Row, g: Q, live: Live, scale, mask: BlockCausal | None = None) -> Gradients:
     """From g, the cotangent of Ȯ, to those of (dq, dk, dv), None where `live` is False: the transpose of `tangent`."""
     live_q, live_k, live_v = live
     dq = dk = dv = None
-    p = jnp.exp(_scores(q, k, scale) - lse[..., None])
+    p = jnp.exp(_masked_scores(q, k, scale, mask) - lse[..., None])
     if live_v:
         dv = _product("bnlm,blnd->bmnd", p, g).astype(v.dtype)
     if live_q or live_k:

@@ -141,15 +141,15 @@ class RMSNorm(nn.Module):
         return (y * scale).astype(x.dtype)
 
 
-def attend(q: Heads, k: Heads, v: Heads, *, implementation="auto", cross=False) -> Heads:
+def attend(q: Heads, k: Heads, v: Heads, *, implementation="auto", mask=None, cross=False) -> Heads:
     """flash_attention of q [b, l, n, d] to k, v [b, m, n, d] on the mesh in use, if any.
 
     Tokens come and go split over seq. Between, self-attention has all tokens of its share of the heads, by all-to-all
     (Ulysses, arXiv 2309.14509); JAX differentiates that in both modes. cross: every device has all keys and values of
     its share of the batch, and nothing is exchanged but, backwards, their gradients summed. Kernels cannot be
-    partitioned: they see the shapes of one device.
+    partitioned: they see the shapes of one device. A mask speaks of the whole sequence.
     """
-    attention = functools.partial(flash_attention, implementation=implementation)
+    attention = functools.partial(flash_attention, implementation=implementation, mask=mask)
     if (mesh := current_mesh()) is None:
         return attention(q, k, v)
     swap = functools.partial(jax.lax.all_to_all, axis_name=RULES["heads"], tiled=True)
