@@ -7,14 +7,14 @@ With the formulas of `kernels.reference`, the derivative rule is
 
 in which o is wide: in float32 at least. So one op serves jax.jvp, jax.grad, the gradient of a jvp
 and the jvp of a vjp, eagerly and under jit, lax.scan, jax.checkpoint and jax.shard_map. An
-implementation is three plain functions and needs no rule of its own: the jvp of a vjp of lax.scan
-alone needs a forward function that JAX can differentiate (partial evaluation drops the rule), which
-kernels are not.
+implementation is plain functions (`kernels.implementations`) and needs no rule of its own: the jvp
+of a vjp of lax.scan alone needs a forward function that JAX can differentiate (partial evaluation
+drops the rule), which kernels are not. The passes may come from several (`kernels.choice`).
 
 - Constants cost nothing: text keys and values carry no tangent in a jvp with respect to the image, so their two of
   the five products of the tangent are left out.
 - The result is o rounded to the dtype of q. Calls that nobody differentiates (a teacher, a rollout)
-  make no wide o.
+  make no wide o and no lse: they have a function of their own, `value`.
 - For jax.checkpoint, the wide o and lse carry the names "attention_out" and "attention_lse": a policy
   that saves these two spares the second forward pass,
   save_only_these_names("attention_out", "attention_lse").
@@ -30,9 +30,6 @@ features on Hopper it fits only tiles of 32 keys without spills (the tangent ker
 """
 
 import functools
-import logging
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,37 +37,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero, linear_call
 from jaxtyping import Array
 
-from . import blockwise, pallas_tpu, reference, triton
+from . import choice
+from .choice import choices, settle
+from .implementations import IMPLEMENTATIONS, Implementation, seeing
 from .masks import BlockCausal
 from .reference import K, Q, Row
 
-
-class Implementation(NamedTuple):
-    """Three functions with the signatures of those of `kernels.reference`.
-
-    forward(q, k, v, scale, wide, mask=None) -> (o, lse), with o in the dtype of q or, wide, in that of lse
-    tangent(q, k, v, o, lse, dq, dk, dv, scale, mask=None) -> do, where a None tangent is zero and costs nothing
-    backward(q, k, v, o, lse, g, live, scale, mask=None) -> (dq, dk, dv), None where `live` is False: the transpose
-
-    The derivatives take an o of either dtype; a wide one spares them an error (`kernels.reference`).
-    mask is a `kernels.masks.BlockCausal`, or left out: all keys are seen.
-    """
-
-    forward: Callable
-    tangent: Callable
-    backward: Callable
-
-
-IMPLEMENTATIONS = {
-    "reference": Implementation(reference.forward, reference.tangent, reference.backward),
-    "blockwise": Implementation(blockwise.forward, blockwise.tangent, blockwise.backward),
-    "triton": Implementation(triton.forward, triton.tangent, triton.backward),  # imports jax-triton when called
-    "pallas_tpu": Implementation(pallas_tpu.forward, pallas_tpu.tangent, pallas_tpu.backward),
-}
-# The kernels that are made for a backend.
-KERNELS = {"gpu": "triton", "tpu": "pallas_tpu"}
-# What "auto" chooses on a backend, where it is not "blockwise". Kernels enter when they have run on their hardware.
-FASTEST: dict[str, str] = {}
+__all__ = ["IMPLEMENTATIONS", "Implementation", "choices", "flash_attention", "settle"]
 
 
 def flash_attention(
@@ -91,7 +64,7 @@ def flash_attention(
       scale: multiplies Q Kᵀ; d**-0.5 if None. A Python number, not differentiated.
       mask: which keys a query sees, a `kernels.masks.BlockCausal`; all of them if None. The queries
         are the last l of the m keys. What nobody sees is neither computed nor loaded.
-      implementation: "auto" or a name in IMPLEMENTATIONS. What is chosen is logged once.
+      implementation: "auto", which takes for each pass what is right and fastest here, or one of choices().
 
     Returns:
       [b, l, n, d] in the dtype of q; computed in float32 at least. Products are made at
@@ -107,35 +80,9 @@ def flash_attention(
     _check(q, k, v)
     _check_mask(mask, q.shape[1], k.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    name = resolve(implementation)
-    _log_choice(jax.default_backend(), implementation, name)
-    o, _ = _attend(IMPLEMENTATIONS[name], scale, mask, False, *_vary_alike(q, k, v))
+    chosen = choice.implementation(implementation, q.shape[-1], q.dtype, q.shape[1], mask is not None)
+    o, _ = _attend(chosen, scale, mask, False, *_vary_alike(q, k, v))
     return o
-
-
-def choices():
-    """The names that `implementation` may have."""
-    return ("auto", *IMPLEMENTATIONS)
-
-
-def resolve(name):
-    """The name in IMPLEMENTATIONS that `name` stands for: "auto" for FASTEST's of the default backend."""
-    if name not in choices():
-        raise ValueError(f"unknown attention implementation {name!r}: choose from {[*choices()]}")
-    return FASTEST.get(jax.default_backend(), "blockwise") if name == "auto" else name
-
-
-@functools.cache  # once in a process for each set of arguments
-def _log_choice(backend, asked, name):
-    kernel, hint, level = KERNELS.get(backend), "", logging.INFO
-    if asked == "auto" and kernel not in (None, name):  # somebody may be waiting for slow code without knowing
-        level = logging.WARNING
-        hint = (
-            f'; the kernels for this backend are not chosen by themselves: ask for implementation="{kernel}" '
-            f'(in a config model.attention="{kernel}")'
-        )
-    message = 'attention on %s: "%s" for implementation="%s"%s'
-    logging.getLogger(__name__).log(level, message, backend, name, asked, hint)
 
 
 def _check(q: Array, k: Array, v: Array):
@@ -189,15 +136,12 @@ def _vary_alike(*arrays: Array):
     return [jax.lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(arrays, missing, strict=True)]
 
 
-def _seeing(mask):
-    """The mask's argument, left out where there is none: an implementation need not know of masks."""
-    return {} if mask is None else {"mask": mask}
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _attend(implementation: Implementation, scale, mask, wide: bool, q: Q, k: K, v: K) -> tuple[Q, Row]:
-    """(o, lse), differentiable: lse has no tangent."""
-    return implementation.forward(q, k, v, scale, wide, **_seeing(mask))
+def _attend(implementation: Implementation, scale, mask, wide: bool, q: Q, k: K, v: K) -> tuple[Q, Row | None]:
+    """(o, lse), differentiable: lse has no tangent. It is None unless o is wide: the value alone."""
+    if not wide:
+        return implementation.does("value")(q, k, v, scale, **seeing(mask)), None
+    return implementation.forward(q, k, v, scale, wide, **seeing(mask))
 
 
 @functools.partial(_attend.defjvp, symbolic_zeros=True)
@@ -206,11 +150,11 @@ def _attend_jvp(implementation, scale, mask, wide, primals, tangents):
     # here, and its residuals are that inner value. So every level names its own; a policy keeps o once for each.
     o, lse = _attend(implementation, scale, mask, True, *primals)
     o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
-    no_lse_tangent = SymbolicZero(jax.typeof(lse).to_tangent_aval())
     live = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents)
     do = _push_forward(implementation, scale, mask, jax.lax.stop_gradient((*primals, o, lse)), live)
-    dtype = o.dtype if wide else primals[0].dtype
-    return (o.astype(dtype), lse), (do.astype(dtype), no_lse_tangent)
+    if not wide:
+        return (o.astype(primals[0].dtype), None), (do.astype(primals[0].dtype), None)
+    return (o, lse), (do.astype(o.dtype), SymbolicZero(jax.typeof(lse).to_tangent_aval()))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -218,8 +162,8 @@ def _push_forward(implementation: Implementation, scale, mask, residuals, tangen
     """ȯ from residuals (q, k, v, o, lse) and tangents (dq, dk, dv), None for zero: linear in the tangents."""
     live = tuple(t is not None for t in tangents)
     return linear_call(
-        lambda residuals, tangents: implementation.tangent(*residuals, *tangents, scale, **_seeing(mask)),
-        lambda residuals, g: implementation.backward(*residuals, g, live, scale, **_seeing(mask)),
+        lambda residuals, tangents: implementation.tangent(*residuals, *tangents, scale, **seeing(mask)),
+        lambda residuals, g: implementation.backward(*residuals, g, live, scale, **seeing(mask)),
         residuals,
         tangents,
     )

@@ -7,9 +7,12 @@
 
 Sides:
 - plain: JAX's own differentiation of the jnp reference.
-- blockwise, triton, …: flash_attention with each --implementation; "auto" appears as what it stands for here.
+- blockwise, triton, …: flash_attention with each --implementation; "auto" appears as what it stands for here, where
+  that is one for all passes.
 - triton fused, pallas_tpu fused: the kernel that makes value and tangent in one pass, which is not in the op.
-- cudnn, on an NVIDIA GPU: jax.nn.dot_product_attention(implementation="cudnn"), which has no forward mode.
+- Opponents, without being asked for. On an NVIDIA GPU cudnn, jax.nn.dot_product_attention(implementation="cudnn"),
+  which has no forward mode, and fa4 where fa4-jax is installed; on a TPU splash, JAX's splash attention, which has no
+  forward mode either.
 A side that does not fit or does not run is left out, and its reason stands under the table.
 
 Passes: forward; forward + tangent (jax.jvp, along q alone for cross-attention, whose text is constant); forward +
@@ -46,8 +49,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from . import pallas_tpu, reference, triton
-from .attention import KERNELS, choices, flash_attention, resolve
+from . import fa4, pallas_tpu, reference, splash, triton
+from .accuracy import one_line
+from .attention import choices, flash_attention, settle
+from .implementations import KERNELS
 from .reference import K, Q
 from .workloads import REAL, WORKLOADS
 
@@ -57,6 +62,7 @@ PRODUCTS = {FORWARD: (2, 2), TANGENT: (2 + 5, 2 + 3), BACKWARD: (2 + 5, 2 + 5)}
 # {pass: float32 arrays [b, n, queries, keys] that plain holds at a time}, by XLA's analysis on CPU
 SCORES = {FORWARD: 2, TANGENT: 4, BACKWARD: 4}
 FUSED = {"triton": triton.forward_tangent, "pallas_tpu": pallas_tpu.forward_tangent}
+HOMES: dict[str, str] = {name: backend for backend, name in KERNELS.items()} | {"fa4": "gpu"}
 CPU_LIMIT = 8 * 2**30  # bytes of score arrays
 SAMPLE_SECONDS, MOST_RUNS = 0.1, 50  # of one timed sample on an accelerator
 MATMUL = ("matmul", "")
@@ -106,6 +112,10 @@ def sides(names, cross, device):
     if "NVIDIA" in device.device_kind:
         result["cudnn"] = passes(functools.partial(jax.nn.dot_product_attention, implementation="cudnn"), cross)
         del result["cudnn"][TANGENT]
+        names = dict.fromkeys([*names, "fa4"] if not fa4.missing() else names)
+    if device.platform == "tpu":
+        result["splash"] = passes(lambda q, k, v: splash.value(q, k, v, q.shape[-1] ** -0.5), cross)
+        del result["splash"][TANGENT]
     for name in names:
         result[name] = passes(functools.partial(flash_attention, implementation=name), cross)
         if name in FUSED:
@@ -122,7 +132,7 @@ def _fused(forward_tangent, cross, q: Q, k: K, v: K, dq: Q, dk: K | None, dv: K 
 
 def why_not(side, name, workload, device, run):
     """Why a pass of a side is not to be compiled for that device, or not to be `run` on it; else None."""
-    home = next((backend for backend, kernel in KERNELS.items() if side.split()[0] == kernel), device.platform)
+    home = HOMES.get(side.split()[0]) or device.platform
     if home != device.platform:
         return f"its kernels are for a {home.upper()}, and the device is a {device.platform.upper()}"
     if run and side in ("plain", "reference"):
@@ -151,7 +161,7 @@ def compile_all(workload, dtype, names, device, run, matmul_size):
                 try:
                     programs[side, name] = Program(jax.jit(function).lower(*shapes).compile(), args)
                 except Exception as error:  # whatever a compiler raises: the other sides go on
-                    reason = _one_line(error)
+                    reason = one_line(error)
             if reason is not None:
                 left_out[side, name] = reason
     return programs, left_out
@@ -159,11 +169,6 @@ def compile_all(workload, dtype, names, device, run, matmul_size):
 
 def _normal(seed, shape):
     return jax.random.normal(jax.random.key(seed), shape.shape, shape.dtype)
-
-
-def _one_line(error):
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"
 
 
 def measure(programs, repeats, device):
@@ -175,7 +180,7 @@ def measure(programs, repeats, device):
             program.seconds()  # warms up
             runs[key] = 1 if device.platform == "cpu" else _runs(program.seconds())
         except Exception as error:  # out of memory, a kernel that cannot be started: the other sides go on
-            failed[key] = _one_line(error)
+            failed[key] = one_line(error)
             continue
         after = _peak(device)
         peaks[key] = after if after and after > before else None
@@ -199,7 +204,7 @@ def report(workload, dtype, names, repeats, matmul_size=None):
     """The result on one workload, a dict that JSON can hold: a row for each pass and side, and what was left out."""
     device = jax.devices()[0]
     matmul_size = matmul_size or (2048 if device.platform == "cpu" else 8192)
-    names = list(dict.fromkeys(map(resolve, names)))
+    names = list(dict.fromkeys(_stands_for(name, workload, dtype) for name in names))
     programs, left_out = compile_all(workload, dtype, names, device, repeats > 0, matmul_size)
     seconds, peaks, failed = measure(programs, repeats, device) if repeats else ({}, {}, {})
     left_out |= failed
@@ -233,6 +238,14 @@ def report(workload, dtype, names, repeats, matmul_size=None):
         "rows": rows,
         "left_out": [{"side": s, "pass": n, "reason": reason} for (s, n), reason in left_out.items()],
     }
+
+
+def _stands_for(name, workload, dtype):
+    """What "auto" is, if it is one for all passes."""
+    if name != "auto":
+        return name
+    chosen = set(settle(workload.head_dim, dtype, workload.q_len).values())
+    return chosen.pop() if len(chosen) == 1 else name
 
 
 def environment():

@@ -31,7 +31,7 @@ ALLOWED = {
 NEVER_IN_THE_LIBRARY = {"configs", "scripts", "ml_collections"}
 # Third-party packages by the same prefixes.
 THIRD_PARTY = {"kernels": {"jax", "jaxtyping", "numpy"}, "rcm_jax.models": {"jax", "jaxtyping", "flax", "numpy"}}
-OPTIONAL = {"kernels": {"jax_triton", "triton"}}
+OPTIONAL = {"kernels": {"fa4_jax", "jax_triton", "triton"}}
 
 
 def module_name(path):

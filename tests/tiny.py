@@ -227,8 +227,9 @@ KERNELS = ("forward", "tangent", "backward")
 def mark_attention_kernels(monkeypatch) -> None:
     """Wrap the kernels of every attention implementation in jits, so that a jaxpr shows them by name."""
     for name, implementation in attention.IMPLEMENTATIONS.items():
-        marked = [_marked(kernel, getattr(implementation, kernel)) for kernel in KERNELS]
-        monkeypatch.setitem(attention.IMPLEMENTATIONS, name, attention.Implementation(*marked))
+        there = {kernel: getattr(implementation, kernel) for kernel in KERNELS}
+        marked = {kernel: _marked(kernel, function) for kernel, function in there.items() if function}
+        monkeypatch.setitem(attention.IMPLEMENTATIONS, name, implementation._replace(**marked))
 
 
 def _marked(name, kernel):

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from rcm_jax.kernels.attention import KERNELS  # pyright: ignore[reportMissingImports]
+from rcm_jax.kernels.implementations import KERNELS  # pyright: ignore[reportMissingImports]
 from rcm_jax.models import token_grid
 from rcm_jax.parallel.chips import Chip
 from rcm_jax.parallel.sharding import has_host_memory

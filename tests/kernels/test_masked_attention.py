@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcm_jax.kernels import attention, blockwise, masks
+from rcm_jax.kernels import attention, blockwise, masks, reference
 from rcm_jax.kernels.attention import flash_attention
 from rcm_jax.kernels.masks import BlockCausal
 from rcm_jax.models import layers
@@ -222,7 +222,7 @@ def test_blockwise_visits_only_what_is_seen(case):
 
 
 def test_the_formula_for_jax_to_differentiate():
-    attend = functools.partial(attention.reference.attention, mask=CASES["cache_and_sink"][0])
+    attend = functools.partial(reference.attention, mask=CASES["cache_and_sink"][0])
     actual = quick_jit(functools.partial(value_tangent_gradient, attend))(*arrays("cache_and_sink"))
     close(actual, expected_of("cache_and_sink", "float64"), TOLERANCE["float64"])
 

@@ -45,10 +45,12 @@ def test_remat_changes_neither_values_nor_gradients(change):
 
 
 def test_attention_is_computed_as_the_config_says(monkeypatch):
-    monkeypatch.setitem(attention.IMPLEMENTATIONS, "blockwise", None)  # what "auto" stands for here
+    monkeypatch.setitem(
+        attention.IMPLEMENTATIONS, "blockwise", attention.Implementation()
+    )  # what "auto" stands for here
     asked = tiny.boxed_init(dataclasses.replace(tiny.MODEL, attention="reference"))
     jax.eval_shape(asked, jax.random.key(0))
-    with pytest.raises(AttributeError, match="'NoneType'"):
+    with pytest.raises(TypeError, match="'NoneType'"):
         jax.eval_shape(tiny.boxed_init(), jax.random.key(0))
 
 

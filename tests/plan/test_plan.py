@@ -87,8 +87,9 @@ def test_what_the_run_would_refuse_is_refused():
     chip, devices = topologies.devices("cpu:8")
     with pytest.raises(ValueError, match="batch size 8 does not divide over data × fsdp = 1 × 3"):
         prepare(run_of("wan_14b", fsdp=3), chip, devices[:3])
-    with pytest.raises(ValueError, match="cannot be compiled here"):
-        prepare(revise(run_of("wan_14b"), {"model.attention": "triton"}), chip, devices)
+    for attention in ("triton", "fa4"):
+        with pytest.raises(ValueError, match=f'"{attention}" cannot be compiled here'):
+            prepare(revise(run_of("wan_14b"), {"model.attention": attention}), chip, devices)
 
 
 def test_a_refusal_of_the_compiler_for_want_of_memory_is_a_result():
