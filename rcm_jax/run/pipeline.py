@@ -78,7 +78,7 @@ def train(run: Experiment, folder, profile: tuple[int, int] | None = None, cache
 
 
 def introduce(program: Program) -> str:
-    """What is about to run, in two lines: the method, the network, the devices; the data and how long."""
+    """What is about to run: the method, the network, the devices; the data and how long; what computes attention."""
     run, mesh = program.run, program.mesh
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.params))
     network = type(run.model).__name__.removesuffix("Config")
@@ -86,10 +86,11 @@ def introduce(program: Program) -> str:
     axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     first = f"{run.pretrain.train.steps:,} of pretraining, then " if program.pretraining and run.pretrain else ""
     examples = len(random_access(program.dataset.train))
+    attention = f"\nattention: {program.network.attention}" if program.network.attention else ""
     return (
         f"{run.rcm.name}: {network} of {count:,} parameters on {devices} (mesh {axes}), JAX {jax.__version__}\n"
         f"{first}{run.train.steps:,} steps of {run.train.batch_size} samples {list(program.sample_shape)}; "
-        f"{examples:,} examples"
+        f"{examples:,} examples{attention}"
     )
 
 

@@ -3,6 +3,7 @@
 Nothing is allocated here. What the data are is asked of a Dataset: the real one, or one of zeros in its shapes.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rcm_jax.data.dataset import Dataset
+from rcm_jax.kernels.choice import in_words, settle  # pyright: ignore[reportMissingImports]
 from rcm_jax.method import denoiser, samplers
 from rcm_jax.method.denoiser import Velocities, Velocity
-from rcm_jax.models import check_network, example, network_of
+from rcm_jax.models import check_network, example, network_of, token_grid
 from rcm_jax.parallel.sharding import batch_sharding, replicated
 from rcm_jax.run.experiment import Experiment, Predictor, SamplingConfig
 from rcm_jax.train import trainer
@@ -28,6 +30,7 @@ class Network(NamedTuple):
 
     init: Callable[[jax.Array], Any]
     F: Velocity
+    attention: str = ""  # what computes it, in words; "" without
 
     @property
     def boxed(self):
@@ -40,8 +43,13 @@ class Network(NamedTuple):
 
 
 def make_network(config: Predictor, one: dict) -> Network:
-    """The network for samples like `one`, {"x0": [1, ...], "cond": {name: [1, ...]}}; conditions go by their names."""
-    module = network_of(config.model).module(config.model)
+    """The network for samples like `one`, {"x0": [1, ...], "cond": {name: [1, ...]}}; conditions go by their names.
+
+    Decides which kernels its attention has, if that is "auto": with several processes all must make their networks.
+    """
+    model = config.model
+    attention = _attention(model, token_grid(model, one["x0"].shape[1:]))
+    module = network_of(model).module(model)
 
     def init(key):
         return module.init(key, jnp.asarray(one["x0"]), jnp.zeros(1), **one["cond"])["params"]
@@ -49,7 +57,15 @@ def make_network(config: Predictor, one: dict) -> Network:
     def net(params, x, time, cond):
         return module.apply({"params": params}, x, time, **cond)
 
-    return Network(init, denoiser.PARAMETRIZATIONS[config.parametrization](net, config.time_scale))
+    return Network(init, denoiser.PARAMETRIZATIONS[config.parametrization](net, config.time_scale), attention)
+
+
+def _attention(model, grid) -> str:
+    """What computes the attention of a network, in words; decided here if that is "auto"."""
+    asked = getattr(model, "attention", "")
+    if asked != "auto" or not grid:
+        return asked and f'"{asked}"'
+    return in_words(settle(model.dim // model.num_heads, model.dtype, math.prod(grid)))
 
 
 def zeros(config: Predictor, shape, **conditions) -> Dataset:

@@ -42,6 +42,7 @@ def test_training_writes_teacher_student_metrics_samples_and_report(trained):
     begins = re.search(r"rCM: DiT of ([\d,]+) parameters on 1 × cpu", process.stderr)
     assert begins and int(begins[1].replace(",", "")) > 1000
     assert "4 of pretraining, then 6 steps of 8 samples [8, 8, 1]; 1,437 examples" in process.stderr
+    assert 'attention: "blockwise"\n' in process.stderr
 
 
 def test_report_holds_a_picture_and_a_row_for_every_sampler(trained):
