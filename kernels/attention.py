@@ -23,10 +23,10 @@ drops the rule), which kernels are not. The passes may come from several (`kerne
 - There is no promise to work under jax.vmap: batch and heads are axes of the op, and kernels have no batching rule.
 
 The kernels that make o and ȯ in one pass (`forward_tangent` of kernels.triton and kernels.pallas_tpu) stay out of the
-op. A custom_jvp rule that called one would serve jax.grad too, whose tangents must stay transposable; so it needs an
-opt-in at each call, a second spelling of the network for the one pass under jvp. It saves 1 of 7 products, at 128
-features on Hopper it fits only tiles of 32 keys without spills (the tangent kernel takes 64), and nobody has timed it:
-`python -m kernels.bench` has a row for it ("fused"), so that a measurement can decide.
+op. They make 6 products instead of 2 + 5, and the TPU's compiler schedules them well (docs/benchmarks.md). But where
+blocks are recomputed (remat "full", as in the real runs) the backward pass would make all 6 again for the sake of o,
+17 products in place of 14, as JAX cannot drop one output of a kernel. Where o is saved it would be 11 in place of 12,
+for an opt-in at each call: a custom_jvp rule also serves jax.grad, whose tangents must stay transposable.
 """
 
 import functools

@@ -97,20 +97,23 @@ def hides(
 
 
 def tile_table(
-    mask: BlockCausal | None, l: int, m: int, queries: int, keys: int
+    mask: BlockCausal | None, l: int, m: int, queries: int, keys: int, first: int | None = None
 ) -> Int8[np.ndarray, "query_tiles key_tiles"]:
     """NOTHING, PARTLY or WHOLLY for tiles of so many queries and keys, of l queries that are the last of m keys.
+
+    `first` is the position of the first query where they are not the last.
 
     A last tile of keys that runs over the end is seen PARTLY at most; queries behind the last do not count. Without a
     mask every query sees all keys, whatever the two lengths.
     """
     starts = np.arange(0, m, keys)
     stops = starts + keys
-    first = (m - l + np.arange(0, l, queries))[:, None]
-    last = np.minimum(first + queries, m) - 1
-    (low_of_first, high_of_first), (low_of_last, high_of_last) = (interval(mask, x, m) for x in (first, last))
+    start = m - l if first is None else first
+    firsts = (start + np.arange(0, l, queries))[:, None]
+    lasts = np.minimum(firsts + queries, start + l) - 1
+    (low_of_first, high_of_first), (low_of_last, high_of_last) = (interval(mask, x, m) for x in (firsts, lasts))
     sink = 0 if mask is None else mask.sink_tokens
     some = (starts < high_of_last) & ((stops > low_of_first) | (starts < sink))
     all_of_it = (stops <= high_of_first) & ((starts >= low_of_last) | (stops <= sink))
     table = np.where(all_of_it, WHOLLY, np.where(some, PARTLY, NOTHING))
-    return np.broadcast_to(table, (len(first), len(starts))).astype(np.int8)
+    return np.broadcast_to(table, (len(firsts), len(starts))).astype(np.int8)
