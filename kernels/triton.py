@@ -4,7 +4,8 @@
 
 bfloat16, float16 and float32 (not rounded to tf32: exact and slow), 1 to 256 features a head, any numbers of queries
 and keys, compute capability 8.0 and later. `forward`, `tangent` and `backward` are those of `kernels.reference`;
-`forward_tangent` does the work of the first two in one pass over the keys: 6 products where they take 2 + 5.
+`forward_tangent` does the work of the first two in one pass over the keys: 6 products where they take 2 + 5. Under a
+mask (`kernels.masks`) a program's loop goes over those tiles alone of which it sees something.
 
 The functions of this module turn their arguments into `Launch`es and hand each to `launch`, which runs it: `on_gpu`
 by default. The tests put Triton's interpreter there, and `kernels.triton_report` the compiler.
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .masks import BlockCausal
 from .reference import Gradients, K, Live, Q, Row
 
 INSTALL = "pip install 'rcm-jax[triton]'"
@@ -96,25 +98,49 @@ CONFIGS = {
         "gradient_of_queries": Config(128, 64, 8, 3),
     },
 }
+# Where a mask needs more registers than those have left.
+MASKED = {
+    ("sm80", 64): {
+        "forward": Config(128, 64, 8, 2),
+        "forward_tangent": Config(128, 64, 8, 2),
+        "tangent": Config(128, 32, 8, 2),
+        "gradients_of_keys": Config(32, 128, 8, 2),
+    },
+    ("sm80", 128): {
+        "forward": Config(128, 32, 8, 2),
+        "tangent": Config(64, 32, 8, 2),
+        "gradients_of_keys": Config(32, 64, 8, 2),
+        "gradient_of_queries": Config(64, 64, 8, 2),
+    },
+}
 # The rest: {(bytes of a feature, the most features in BLOCK_D): Config}, for every kernel and GPU.
 OTHERS = {(2, 256): Config(32, 32, 8, 1), (4, 64): Config(32, 32, 8, 1), (4, 256): Config(16, 16, 8, 1)}
 DELTA = Config(64, 64, 4, 1)
 
 
-def forward(q: Q, k: K, v: K, scale, wide=False, *, launch=None) -> tuple[Q, Row]:
+def forward(q: Q, k: K, v: K, scale, wide=False, mask: BlockCausal | None = None, *, launch=None) -> tuple[Q, Row]:
     """O in the dtype of q, or `wide` in float32, which lse has."""
-    return _forward(q, k, v, (None, None, None), scale, wide, launch)[:2]
+    return _forward(q, k, v, (None, None, None), scale, wide, mask, launch)[:2]
 
 
 def forward_tangent(
-    q: Q, k: K, v: K, dq: Q | None, dk: K | None, dv: K | None, scale, *, launch=None
+    q: Q,
+    k: K,
+    v: K,
+    dq: Q | None,
+    dk: K | None,
+    dv: K | None,
+    scale,
+    mask: BlockCausal | None = None,
+    *,
+    launch=None,
 ) -> tuple[Q, Row, Q]:
     """(O, lse, Ȯ) in one pass: `forward`, and `tangent` along (dq, dk, dv), of which None costs nothing."""
-    return _forward(q, k, v, (dq, dk, dv), scale, False, launch)
+    return _forward(q, k, v, (dq, dk, dv), scale, False, mask, launch)
 
 
-def _forward(q, k, v, tangents, scale, wide, launch):
-    sizes = _sizes(q, k, scale)
+def _forward(q, k, v, tangents, scale, wide, mask, launch):
+    sizes = _sizes(q, k, scale, mask)
     moves = _moves(tangents)
     row = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
     arrays = (q, k, v, *_stand_ins(tangents, (q, k, v)))
@@ -123,19 +149,34 @@ def _forward(q, k, v, tangents, scale, wide, launch):
     return (launch or on_gpu)(Launch("forward", arrays, outputs, "queries", q.shape[1], sizes | moves))
 
 
-def tangent(q: Q, k: K, v: K, o: Q, lse: Row, dq: Q | None, dk: K | None, dv: K | None, scale, *, launch=None) -> Q:
+def tangent(
+    q: Q,
+    k: K,
+    v: K,
+    o: Q,
+    lse: Row,
+    dq: Q | None,
+    dk: K | None,
+    dv: K | None,
+    scale,
+    mask: BlockCausal | None = None,
+    *,
+    launch=None,
+) -> Q:
     """Ȯ along (dq, dk, dv), of which None stands for zero and costs nothing."""
     tangents = (dq, dk, dv)
     arrays = (q, k, v, o, lse, *_stand_ins(tangents, (q, k, v)))
-    constants = _sizes(q, k, scale) | _moves(tangents)
+    constants = _sizes(q, k, scale, mask) | _moves(tangents)
     (do,) = (launch or on_gpu)(Launch("tangent", arrays, (_like(q),), "queries", q.shape[1], constants))
     return do
 
 
-def backward(q: Q, k: K, v: K, o: Q, lse: Row, g: Q, live: Live, scale, *, launch=None) -> Gradients:
+def backward(
+    q: Q, k: K, v: K, o: Q, lse: Row, g: Q, live: Live, scale, mask: BlockCausal | None = None, *, launch=None
+) -> Gradients:
     """From g, the cotangent of Ȯ, to those of (dq, dk, dv), None where `live` is False: the transpose of `tangent`."""
     launch = launch or on_gpu
-    sizes = _sizes(q, k, scale)
+    sizes = _sizes(q, k, scale, mask)
     live_q, live_k, live_v = live
     dq = dk = dv = None
     row = lse
@@ -168,12 +209,14 @@ def _stand_ins(tangents, primals):
     return tuple(primal if x is None else x for x, primal in zip(tangents, primals, strict=True))
 
 
-def _sizes(q, k, scale):
+def _sizes(q, k, scale, mask):
     """The constants of every kernel."""
     check(q.dtype, q.shape[-1], scale)
     _, q_len, heads, dim = q.shape
     padded = max(16, 1 << (dim - 1).bit_length())
-    return dict(SCALE=float(scale), Q_LEN=q_len, K_LEN=k.shape[1], HEADS=heads, DIM=dim, BLOCK_D=padded)
+    sizes = dict(SCALE=float(scale), Q_LEN=q_len, K_LEN=k.shape[1], HEADS=heads, DIM=dim, BLOCK_D=padded)
+    chunk, window, sink = (0, 0, 0) if mask is None else (mask.chunk, mask.window or 0, mask.sink)
+    return sizes | dict(CHUNK=chunk, WINDOW=window, SINK=sink)
 
 
 def check(dtype, features, scale):
@@ -209,7 +252,10 @@ def configuration(launch, capability):
     if kernel == "forward" and _fused(launch):
         kernel = "forward_tangent"
     width, bytes_each = launch.constants["BLOCK_D"], jnp.dtype(launch.arrays[0].dtype).itemsize
-    table = CONFIGS.get((gpu_of(capability), max(width, 64)), {}) if bytes_each == 2 else {}
+    place = gpu_of(capability), max(width, 64)
+    table = CONFIGS.get(place, {}) if bytes_each == 2 else {}
+    if table and launch.constants["CHUNK"]:
+        table = table | MASKED.get(place, {})
     return table.get(kernel) or next(x for (size, most), x in OTHERS.items() if size == bytes_each and width <= most)
 
 

@@ -11,6 +11,9 @@ strides tell the compiler how loads align.
 - Where the last tile is ragged, every tile is loaded with masks: a tail with a loop body of its own would double the
   code and cost registers, which are what limits these kernels. Keys behind the last get the score −∞, so that P = 0.
   Queries behind the last are zeros, with an lse of zero: they add P = 1 times zeros to dK and dV.
+- A mask (`kernels.masks`) is CHUNK > 0, the tokens of a chunk. One loop goes over the tiles that are seen: those of the
+  sink, then, past a gap, those of the window. What lies on an edge of the mask is masked, tile by tile, as a ragged
+  tail is; where a tile lies costs a few comparisons of numbers that all threads share.
 - Features are padded to BLOCK_D, a power of two, with zeros.
 - Sums are float32. P, H = P∘Ṡ and dS are rounded to the dtype of the inputs for the second product,
   as O and Ȯ are; in float16 an entry of H or dS beyond 65,504 overflows. The sums of P and H are those
@@ -23,8 +26,11 @@ strides tell the compiler how loads align.
 import triton
 import triton.language as tl
 
+from .triton_masks import seeing_queries, seen, sees_all, visible_keys
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3e38)  # finite, so that a query that sees nothing of a tile adds exp2(−∞) to its sums
 
 
 @triton.jit
@@ -128,12 +134,50 @@ def _moving_scores(q, k, dq, dk, MOVES_Q: tl.constexpr, MOVES_K: tl.constexpr):
 
 
 @triton.jit
-def _mask_keys(s, start, K_LEN: tl.constexpr, BLOCK_K: tl.constexpr):
-    """−∞ for the keys (the columns) behind the last. Only the last tile pays for it."""
-    if K_LEN % BLOCK_K > 0:  # noqa: SIM102, the outer one is decided at compile time
-        if start + BLOCK_K > K_LEN:
-            s = tl.where((start + tl.arange(0, BLOCK_K) < K_LEN)[None, :], s, float("-inf"))
+def _mask_keys(
+    s,
+    query,
+    key,
+    Q_LEN: tl.constexpr,
+    K_LEN: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINK: tl.constexpr,
+):
+    """−∞ for keys (the columns) that are not seen or not there. Only tiles at an edge pay for it."""
+    keys = key + tl.arange(0, BLOCK_K)[None, :]
+    if CHUNK > 0:
+        if not sees_all(query, key, Q_LEN, K_LEN, BLOCK_Q, BLOCK_K, CHUNK, WINDOW, SINK):
+            queries = query + tl.arange(0, BLOCK_Q)[:, None]
+            s = tl.where(seen(queries, keys, Q_LEN, K_LEN, CHUNK, WINDOW, SINK), s, float("-inf"))
+    elif K_LEN % BLOCK_K > 0:  # noqa: SIM102, it is decided at compile time
+        if key + BLOCK_K > K_LEN:
+            s = tl.where(keys < K_LEN, s, float("-inf"))
     return s
+
+
+@triton.jit
+def _mask_queries(
+    p,
+    query,
+    key,
+    Q_LEN: tl.constexpr,
+    K_LEN: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINK: tl.constexpr,
+):
+    """Zero for queries (the columns) that do not see a key. Only tiles at an edge pay for it."""
+    if CHUNK > 0:  # noqa: SIM102, the outer one is decided at compile time
+        if not sees_all(query, key, Q_LEN, K_LEN, BLOCK_Q, BLOCK_K, CHUNK, WINDOW, SINK):
+            queries = query + tl.arange(0, BLOCK_Q)[None, :]
+            keys = key + tl.arange(0, BLOCK_K)[:, None]
+            p = tl.where(seen(queries, keys, Q_LEN, K_LEN, CHUNK, WINDOW, SINK), p, 0.0)
+    return p
 
 
 @triton.jit
@@ -152,6 +196,9 @@ def forward(
     K_LEN: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINK: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -175,12 +222,19 @@ def forward(
         dq = _load(_of_head(dq_at, Q_LEN, HEADS, DIM), start, Q_LEN, HEADS, DIM, BLOCK_Q, BLOCK_D, True)
     o = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     do = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    top = tl.full((BLOCK_Q,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     r = tl.zeros((BLOCK_Q,), tl.float32)
-    for key in range(0, K_LEN, BLOCK_K):
+    sink, gap, stop = 0, 0, K_LEN
+    if CHUNK > 0:
+        sink, gap, stop = visible_keys(start, Q_LEN, K_LEN, BLOCK_Q, BLOCK_K, CHUNK, WINDOW, SINK)
+    for at in range(0, stop, BLOCK_K):
+        key = at
+        if WINDOW > 0:
+            key = tl.where(at < sink, at, at + gap)
         k = _load(k_at, key, K_LEN, HEADS, DIM, BLOCK_K, BLOCK_D, RAGGED)
-        s = _mask_keys(_product(q, tl.trans(k)), key, K_LEN, BLOCK_K)
+        s = _product(q, tl.trans(k))
+        s = _mask_keys(s, start, key, Q_LEN, K_LEN, BLOCK_Q, BLOCK_K, CHUNK, WINDOW, SINK)
         if SCORES_MOVE:
             dk = k
             if MOVES_K:
@@ -226,6 +280,9 @@ def tangent(
     K_LEN: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINK: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -246,9 +303,16 @@ def tangent(
     lse = _load_row(_of_row(lse_at, Q_LEN, HEADS), start, Q_LEN, BLOCK_Q, True) * LOG2_E
     do = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     r = tl.zeros((BLOCK_Q,), tl.float32)
-    for key in range(0, K_LEN, BLOCK_K):
+    sink, gap, stop = 0, 0, K_LEN
+    if CHUNK > 0:
+        sink, gap, stop = visible_keys(start, Q_LEN, K_LEN, BLOCK_Q, BLOCK_K, CHUNK, WINDOW, SINK)
+    for at in range(0, stop, BLOCK_K):
+        key = at
+        if WINDOW > 0:
+            key = tl.where(at < sink, at, at + gap)
         k = _load(k_at, key, K_LEN, HEADS, DIM, BLOCK_K, BLOCK_D, RAGGED)
-        s = _mask_keys(_product(q, tl.trans(k)), key, K_LEN, BLOCK_K)
+        s = _product(q, tl.trans(k))
+        s = _mask_keys(s, start, key, Q_LEN, K_LEN, BLOCK_Q, BLOCK_K, CHUNK, WINDOW, SINK)
         p = tl.exp2(s * (SCALE * LOG2_E) - lse[:, None])
         if SCORES_MOVE:
             dk = k
@@ -301,6 +365,9 @@ def gradients_of_keys(
     K_LEN: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINK: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -318,10 +385,14 @@ def gradients_of_keys(
         v = _load(_of_head(v_at, K_LEN, HEADS, DIM), start, K_LEN, HEADS, DIM, BLOCK_K, BLOCK_D, True)
     dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    for query in range(0, Q_LEN, BLOCK_Q):
+    first, stop = 0, Q_LEN
+    if CHUNK > 0:
+        first, stop = seeing_queries(start, Q_LEN, K_LEN, BLOCK_Q, BLOCK_K, CHUNK, WINDOW, SINK)
+    for query in range(first, stop, BLOCK_Q):
         q = _load(q_at, query, Q_LEN, HEADS, DIM, BLOCK_Q, BLOCK_D, RAGGED)
         lse = _load_row(lse_at, query, Q_LEN, BLOCK_Q, RAGGED) * LOG2_E
         p = tl.exp2(_product(k, tl.trans(q)) * (SCALE * LOG2_E) - lse[None, :])
+        p = _mask_queries(p, query, start, Q_LEN, K_LEN, BLOCK_Q, BLOCK_K, CHUNK, WINDOW, SINK)
         g = _load(g_at, query, Q_LEN, HEADS, DIM, BLOCK_Q, BLOCK_D, RAGGED)
         if LIVE_V:
             dv = _add_product(dv, p.to(g.dtype), g)
@@ -349,6 +420,9 @@ def gradient_of_queries(
     K_LEN: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINK: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -362,10 +436,17 @@ def gradient_of_queries(
     lse = _load_row(_of_row(lse_at, Q_LEN, HEADS), start, Q_LEN, BLOCK_Q, True) * LOG2_E
     row = _load_row(_of_row(delta_at, Q_LEN, HEADS), start, Q_LEN, BLOCK_Q, True)
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    for key in range(0, K_LEN, BLOCK_K):
+    sink, gap, stop = 0, 0, K_LEN
+    if CHUNK > 0:
+        sink, gap, stop = visible_keys(start, Q_LEN, K_LEN, BLOCK_Q, BLOCK_K, CHUNK, WINDOW, SINK)
+    for at in range(0, stop, BLOCK_K):
+        key = at
+        if WINDOW > 0:
+            key = tl.where(at < sink, at, at + gap)
         k = _load(k_at, key, K_LEN, HEADS, DIM, BLOCK_K, BLOCK_D, RAGGED)
         v = _load(v_at, key, K_LEN, HEADS, DIM, BLOCK_K, BLOCK_D, RAGGED)
-        s = _mask_keys(_product(q, tl.trans(k)), key, K_LEN, BLOCK_K)
+        s = _product(q, tl.trans(k))
+        s = _mask_keys(s, start, key, Q_LEN, K_LEN, BLOCK_Q, BLOCK_K, CHUNK, WINDOW, SINK)
         ds = tl.exp2(s * (SCALE * LOG2_E) - lse[:, None]) * (_product(g, tl.trans(v)) - row[:, None])
         dq = _add_product(dq, ds.to(k.dtype), k)
     _store(_of_head(dq_at, Q_LEN, HEADS, DIM), dq * SCALE, start, Q_LEN, HEADS, DIM, BLOCK_Q, BLOCK_D)

@@ -45,8 +45,8 @@ class Row(NamedTuple):
     wgmma: int
 
 
-def launches(workload, dtype):
-    """{row of the table: Launch} of all kernels at the shapes of a self-attention workload and of its text."""
+def launches(workload, dtype, mask=None):
+    """{row of the table: Launch} of all kernels at the shapes of a self-attention workload, masked, and of its text."""
     text = WORKLOADS[f"{workload.name}_cross"]
     result = {}
     for name, (alone, live) in CASES.items():
@@ -56,18 +56,18 @@ def launches(workload, dtype):
         lse = Shape((workload.batch, workload.heads, workload.q_len), "float32")
         o = Shape(query.shape, "float32")
         tangents = [x if alive else None for x, alive in zip((query, key, key), live or [False] * 3, strict=True)]
-        recorded = []
+        recorded, rest = [], dict(scale=0.1, mask=mask if alone else None)
 
         def record(launch, recorded=recorded):
             recorded.append(launch)
             return launch.outputs
 
         if name.startswith("forward"):
-            attention.forward_tangent(query, key, key, *tangents, scale=0.1, launch=record)
+            attention.forward_tangent(query, key, key, *tangents, **rest, launch=record)
         elif name.startswith("tangent"):
-            attention.tangent(query, key, key, o, lse, *tangents, scale=0.1, launch=record)
+            attention.tangent(query, key, key, o, lse, *tangents, **rest, launch=record)
         else:
-            attention.backward(query, key, key, o, lse, query, live, 0.1, launch=record)
+            attention.backward(query, key, key, o, lse, query, live, **rest, launch=record)
         result.update({launch.kernel if name == "backward" else name: launch for launch in recorded})
     return result
 
@@ -110,9 +110,9 @@ def assemble(ptx, capability):
     return int(re.findall(r"Used (\d+) registers", log)[0]), spills
 
 
-def report(capability, workload, dtype):
+def report(capability, workload, dtype, mask=None):
     """A Row for each kernel."""
-    return [compile_launch(name, x, capability) for name, x in launches(WORKLOADS[workload], dtype).items()]
+    return [compile_launch(name, x, capability) for name, x in launches(WORKLOADS[workload], dtype, mask).items()]
 
 
 def main():

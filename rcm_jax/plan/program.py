@@ -14,7 +14,7 @@ from jax.extend import core
 from rcm_jax import data
 from rcm_jax.data import LatentsConfig
 from rcm_jax.data.dataset import Dataset
-from rcm_jax.kernels import triton  # pyright: ignore[reportAttributeAccessIssue]
+from rcm_jax.kernels import pallas_tpu, triton  # pyright: ignore[reportAttributeAccessIssue]
 from rcm_jax.kernels.implementations import KERNELS  # pyright: ignore[reportMissingImports]
 from rcm_jax.parallel.chips import Chip
 from rcm_jax.parallel.sharding import HOST, has_host_memory, make_mesh
@@ -63,13 +63,13 @@ def prepare(run: Experiment, chip: Chip, devices) -> Programs:
         about_memory = "\ntrain.offload is counted as off: what describes these chips knows no memory of their hosts"
         run = revise(run, {"train.offload": False})
     dataset = _dataset(run)
-    with _target(chip):
+    with _target(chip, mesh):
         attention, note = _attention(run, chip, mesh, dataset)
         program = assemble(_with(run, attention), mesh, dataset)
         calls, held = _calls(program)
 
     def lower(function, *args):
-        with jax.set_mesh(mesh), _target(chip):
+        with jax.set_mesh(mesh), _target(chip, mesh):
             return function.lower(*args)
 
     lowers = {name: functools.partial(lower, *call) for name, call in calls.items()}
@@ -108,12 +108,11 @@ def _calls(program: Program) -> tuple[dict, int]:
 
 
 @contextlib.contextmanager
-def _target(chip: Chip):
-    """Triton kernels are compiled for the GPU of the plan, not for that of this machine."""
-    if chip.platform != "gpu":
-        yield
-        return
-    with triton.compiling_for(CAPABILITY):
+def _target(chip: Chip, mesh):
+    """Kernels are compiled for the GPU or TPU of the plan, not for that of this machine."""
+    kind = mesh.devices.flat[0].device_kind
+    targets = {"gpu": lambda: triton.compiling_for(CAPABILITY), "tpu": lambda: pallas_tpu.compiling_for(kind)}
+    with targets.get(chip.platform, contextlib.nullcontext)():
         yield
 
 

@@ -19,6 +19,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from rcm_jax.kernels import triton, triton_report
 from rcm_jax.kernels.attention import flash_attention
+from rcm_jax.kernels.masks import BlockCausal
 from rcm_jax.kernels.workloads import WORKLOADS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -59,9 +60,12 @@ def test_numbers_in_the_interpreter():
 
 @needs_triton
 @pytest.mark.slow
+@pytest.mark.parametrize("mask", [None, "all", "latest"])
 @pytest.mark.parametrize(("capability", "workload"), COMPILED)
-def test_nothing_spills_and_everything_fits(capability, workload):
-    rows = triton_report.report(capability, workload, "bfloat16")
+def test_nothing_spills_and_everything_fits(capability, workload, mask):
+    chunk = WORKLOADS[workload].q_len // 7
+    mask = {"all": BlockCausal(chunk), "latest": BlockCausal(chunk, window=3, sink=1)}.get(mask)
+    rows = triton_report.report(capability, workload, "bfloat16", mask)
     assert {row.name for row in rows} >= set(MAIN)
     for row in rows:
         assert row.spills == 0, row
@@ -97,6 +101,12 @@ class TestLowering:
         assert lower(lambda *x: triton.forward_tangent(*x, *x, 0.1), *args) == 1
         assert lower(lambda q, k, v: triton.forward_tangent(q, k, v, q, None, None, 0.1), *args) == 1
 
+    def test_a_mask(self):
+        attend = functools.partial(self.attend, mask=BlockCausal(4680, window=3, sink=1))
+        args = shapes("wan_14b")
+        assert lower(lambda *x: jax.jvp(attend, x, x)[1], *args) == 2
+        assert lower(lambda q, *x: jax.vjp(attend, q, *x)[1](q), *args) == 4
+
     def test_gradient_of_jvp(self):
         def loss(x):
             f, df = jax.jvp(self.attend, x, x)
@@ -125,25 +135,26 @@ class TestLowering:
 class TestOnGpu:
     """JAX_PLATFORMS=cuda python -m pytest -m gpu tests/kernels"""
 
+    SIZES = ((2, 300, 300, 3, 64), (1, 1000, 77, 2, 128), (1, 129, 200, 2, 80), (1, 1, 7, 1, 16))
+    MASKED = (((2, 700, 700, 3, 64), BlockCausal(90)), ((1, 300, 900, 2, 128), BlockCausal(90, window=3, sink=1)))
+
     @pytest.mark.parametrize("dtype", TOLERANCE)
-    @pytest.mark.parametrize(
-        "size", [(2, 300, 300, 3, 64), (1, 1000, 77, 2, 128), (1, 129, 200, 2, 80), (1, 1, 7, 1, 16)]
-    )
-    def test_against_the_reference(self, size, dtype):
+    @pytest.mark.parametrize(("size", "mask"), [*((size, None) for size in SIZES), *MASKED])
+    def test_against_the_reference(self, size, mask, dtype):
         b, l, m, n, d = size
         lengths = (l, m, m, l, m, m, l)
         keys = jax.random.split(jax.random.key(0), len(lengths))
         args = [jax.random.normal(key, (b, x, n, d), dtype) for key, x in zip(keys, lengths, strict=True)]
 
         def everything(implementation, q, k, v, dq, dk, dv, g):
-            attend = functools.partial(flash_attention, implementation=implementation)
+            attend = functools.partial(flash_attention, mask=mask, implementation=implementation)
             return jax.jvp(attend, (q, k, v), (dq, dk, dv)), jax.vjp(attend, q, k, v)[1](g)
 
         run = jax.jit(everything, static_argnums=0)
         actual, expected = run("triton", *args), run("reference", *(x.astype("float32") for x in args))
         for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             assert jnp.abs(x - y).max() <= TOLERANCE[dtype] * jnp.abs(y).max()
-        fused = jax.jit(lambda *x: triton.forward_tangent(*x, d**-0.5))(*args[:6])
+        fused = jax.jit(lambda *x: triton.forward_tangent(*x, d**-0.5, mask))(*args[:6])
         for x, y in zip((fused[0], fused[2]), expected[0], strict=True):
             assert jnp.abs(x - y).max() <= TOLERANCE[dtype] * jnp.abs(y).max()
         again = run("triton", *args)

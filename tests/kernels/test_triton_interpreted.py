@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 
 from rcm_jax.kernels import reference
 from rcm_jax.kernels import triton as attention
+from rcm_jax.kernels.masks import BlockCausal
 from tests.kernels import interpreted
 
 # O and Ȯ are rounded to 2⁻⁹ (bfloat16) or 2⁻¹² (float16); P, H and dS are too before they are multiplied.
@@ -35,6 +36,18 @@ SHAPES = {  # b, queries, keys, n, d; tiles have 16 queries and 32 keys
 }
 CASES = [(shape, "float32") for shape in SHAPES]
 CASES += [(shape, dtype) for shape in ("ragged", "cross") for dtype in ("bfloat16", "float16")]
+MASKED = {  # mask, queries, keys
+    "chunks_cut_tiles": (BlockCausal(5), 37, 37),
+    "chunks_of_tiles": (BlockCausal(32), 64, 64),
+    "window": (BlockCausal(20, window=2), 63, 63),
+    "sink": (BlockCausal(12, window=1, sink=1), 70, 70),
+    "wide_sink": (BlockCausal(6, window=2, sink=9), 70, 70),
+    "cache": (BlockCausal(16, window=2), 21, 117),
+    "cache_and_sink": (BlockCausal(12, window=2, sink=1), 30, 126),
+    "one_chunk": (BlockCausal(512), 37, 37),
+    "one_query": (BlockCausal(4, window=3), 1, 70),
+    "tokens": (BlockCausal(1, window=9, sink=2), 40, 70),
+}
 SUBSETS = list(itertools.product((True, False), repeat=3))
 SCALE, SCALE_OF_MOST = 0.3, 256**-0.5  # at 0.3 plain float32 is off by 4e-6 there, in whatever order a CPU adds
 
@@ -224,3 +237,78 @@ def test_any_tiles_do(config):
     close(results, (o, lse, do), TOLERANCE["float32"])
     gradients_now = attention.backward(*residuals, g, (True, True, True), SCALE, launch=run)
     close(gradients_now, gradients, TOLERANCE["float32"])
+
+
+@functools.cache
+def masked_arrays(case, dtype="float32"):
+    """(q, k, v), (dq, dk, dv), g"""
+    _, l, m = MASKED[case]
+    rng = np.random.default_rng(0)
+    sizes = [(1, l, 1, 16), (1, m, 1, 16), (1, m, 1, 16)]
+    q, k, v, *directions, g = (rng.normal(size=x).astype(jax.numpy.dtype(dtype)) for x in (*sizes, *sizes, sizes[0]))
+    return (q, k, v), tuple(directions), g
+
+
+def masked_results(mask, primals, directions, g, run=interpreted.run):
+    """o, lse, ȯ, the gradients, and o and ȯ of the fused kernel."""
+    o, lse = attention.forward(*primals, SCALE, wide=True, mask=mask, launch=run)
+    residuals = (*primals, o, lse)
+    do = attention.tangent(*residuals, *directions, SCALE, mask, launch=run)
+    gradients = attention.backward(*residuals, g, (True,) * 3, SCALE, mask, launch=run)
+    fused, _, fused_do = attention.forward_tangent(*primals, *directions, SCALE, mask, launch=run)
+    return o, lse, do, *gradients, fused, fused_do
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((case, "float32") for case in MASKED), ("cache_and_sink", "bfloat16"), ("window", "float16")]
+)
+def test_masks(case, dtype):
+    mask = MASKED[case][0]
+    primals, directions, g = masked_arrays(case, dtype)
+    with jax.enable_x64(True):
+        args = [exact(x) for x in primals]
+        o, lse = reference.forward(*args, SCALE, mask=mask)
+        do = reference.tangent(*args, o, lse, *map(exact, directions), SCALE, mask)
+        gradients = reference.backward(*args, o, lse, exact(g), (True,) * 3, SCALE, mask)
+    close(masked_results(mask, primals, directions, g), (o, lse, do, *gradients, o, do), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("config", [(16, 16), (64, 16), (32, 64)])
+def test_any_tiles_do_under_a_mask(config):
+    mask, args = MASKED["cache_and_sink"][0], masked_arrays("cache_and_sink")
+    run = functools.partial(interpreted.run, config=attention.Config(*config, warps=4, stages=1))
+    close(masked_results(mask, *args, run=run), masked_results(mask, *args), TOLERANCE["float32"])
+
+
+def test_tiles_that_nobody_sees_are_not_read():
+    """12 queries of a window of 2 chunks see from key 72 on, of 96: two tiles of 32 keys are behind, full of NaN."""
+    mask, rng = BlockCausal(8, window=2), np.random.default_rng(3)
+    q, k, v, dq, dk, dv, g = (rng.normal(size=(1, x, 1, 16)).astype("float32") for x in (12, 96, 96, 12, 96, 96, 12))
+    expected = masked_results(mask, (q, k, v), (dq, dk, dv), g)
+    for x in (k, v, dk, dv):
+        x[:, :64] = np.nan
+    actual = masked_results(mask, (q, k, v), (dq, dk, dv), g)
+    for x, y in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert all((x[:, :64] == 0).all() and (x[:, 72:] != 0).all() for x in actual[4:6])
+
+
+def test_tiles_of_other_chunks_are_not_read():
+    """What is wrong in the last chunk stays there, where a chunk sees itself alone."""
+    mask, rng = BlockCausal(32, window=1), np.random.default_rng(3)
+    q, k, v, dq, dk, dv, g = (rng.normal(size=(1, 96, 1, 16)).astype("float32") for _ in range(7))
+    expected = masked_results(mask, (q, k, v), (dq, dk, dv), g)
+    for x in (k, v, dk, dv):
+        x[:, 64:] = np.nan
+    actual = masked_results(mask, (q, k, v), (dq, dk, dv), g)
+    for x, y in zip(actual, expected, strict=True):
+        tokens = 2 if x.ndim == 3 else 1  # lse is [b, n, l]
+        x, y = np.moveaxis(x, tokens, 0), np.moveaxis(y, tokens, 0)
+        np.testing.assert_array_equal(x[:64], y[:64])
+        assert not np.isfinite(x[64:]).any()
+
+
+def test_a_mask_that_hides_nothing_changes_no_bit():
+    args = masked_arrays("one_chunk")
+    for x, y in zip(masked_results(BlockCausal(512), *args), masked_results(None, *args), strict=True):
+        np.testing.assert_array_equal(x, y)
