@@ -185,7 +185,7 @@ def backward(
         [x[name] for x in made] if alive else None for name, alive in zip(("dq", "dk", "dv"), live, strict=True)
     )
     dq = None if dq is None else jnp.concatenate(dq, axis=1)
-    dk, dv = (None if x is None else sum(x).astype(k.dtype) for x in (dk, dv))
+    dk, dv = (None if x is None else functools.reduce(jnp.add, x).astype(k.dtype) for x in (dk, dv))
     return dq, dk, dv
 
 
@@ -213,8 +213,8 @@ class Visit(NamedTuple):
     whole: jax.Array  # no query of the tile has a key of the tile hidden
     first: jax.Array  # of the tile that stays
     last: jax.Array
-    first_of_head: jax.Array
-    last_of_head: jax.Array
+    starts: jax.Array  # the first of a head
+    ends: jax.Array
 
 
 class _Plan(NamedTuple):
@@ -259,7 +259,7 @@ class _Plan(NamedTuple):
         return (self.tiles.keys, self.features)
 
     def visits(self) -> np.ndarray:
-        """[visits] of int32: from the lowest bit on whole, first, last, 14 of the tile that streams, 14 of the other."""
+        """[visits] of int32, from the lowest bit on: whole, first, last, 14 of the streaming tile, 14 of the staying."""
         l, m, tiles = self.queries, self.keys, self.tiles
         if self.mask is None:
             table = np.full((self.query_tiles, self.padded["keys"] // tiles.keys), masks.WHOLLY)
@@ -397,8 +397,10 @@ def _launch(body, plan, inputs, outputs, scratch, products, interpret):
     def kernel(visits, refs, out, acc):
         at = pl.program_id(2)
         entry, last = visits[at], pl.num_programs(2) - 1
-        tiles = (plan.tile(side, entry) for side in ("queries", "keys"))
-        body(plan, Visit(*tiles, *(entry >> i & 1 == 1 for i in range(3)), at == 0, at == last), refs, out, acc)
+        whole, first_of_row, last_of_row = (entry >> i & 1 == 1 for i in range(3))
+        tiles = {f"{x}_tile": plan.tile(y, entry) for x, y in (("query", "queries"), ("key", "keys"))}
+        visit = Visit(**tiles, whole=whole, first=first_of_row, last=last_of_row, starts=at == 0, ends=at == last)
+        body(plan, visit, refs, out, acc)
 
     def shape(name):
         tokens = plan.padded[_side(name)]

@@ -8,6 +8,7 @@ earlier ones, so that the compiler's schedule keeps the matrix units busy while 
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,8 @@ def online(plan, visit, refs, out, acc):
         s = _scores(refs["k"][keys], refs["q"][queries])
         return s, _moving_scores(refs, queries, keys) if "do" in out else None
 
-    def add(queries, keys, hidden, s, ds):
+    def add(queries, keys, hidden, made):
+        s, ds = made
         s = s * (plan.scale * LOG2_E)
         if hidden is not None:
             s = jnp.where(hidden, -jnp.inf, s)
@@ -75,7 +77,8 @@ def tangent(plan, visit, refs, out, acc):
     def products(queries, keys):
         return _scores(refs["k"][keys], refs["q"][queries]), _moving_scores(refs, queries, keys)
 
-    def add(queries, keys, hidden, s, ds):
+    def add(queries, keys, hidden, made):
+        s, ds = made
         p = _probabilities(plan, refs, queries, hidden, s)
         for name, x in _flow(plan, refs, keys, p, ds).items():
             acc[name][:, queries] += x
@@ -101,7 +104,7 @@ def backward(plan, visit, refs, out, acc):
 
     if "dq" in acc:
 
-        @pl.when(visit.first_of_head)
+        @pl.when(visit.starts)
         def _():
             def clear(tokens):
                 acc["dq"][:, tokens] = jnp.zeros((acc["dq"].shape[0], tokens.size), jnp.float32)
@@ -112,7 +115,8 @@ def backward(plan, visit, refs, out, acc):
         s = _scores(refs["k"][keys], refs["q"][queries])
         return s, _scores(refs["v"][keys], refs["g"][queries]) if "v" in refs else None
 
-    def add(queries, keys, hidden, s, dp):
+    def add(queries, keys, hidden, made):
+        s, dp = made
         p = _probabilities(plan, refs, queries, hidden, s)
         if "dv" in acc:
             acc["dv"][keys] += _product(p, refs["g"][queries], (1, 0))
@@ -135,7 +139,7 @@ def backward(plan, visit, refs, out, acc):
 
     if "dq" in acc:
 
-        @pl.when(visit.last_of_head)
+        @pl.when(visit.ends)
         def _():
             def store(tokens):
                 out["dq"][tokens] = (plan.scale * acc["dq"][: plan.features, tokens]).T.astype(out["dq"].dtype)
@@ -157,8 +161,8 @@ def _pipelined(plan, visit, products, add):
             if i < len(at):
                 made.append(products(*at[i]))
             if i >= plan.pieces.ahead:
-                piece = at[i - plan.pieces.ahead]
-                add(*piece, _hidden(plan, visit, *piece, partly), *made.pop(0))
+                queries, keys = at[i - plan.pieces.ahead]
+                add(queries, keys, _hidden(plan, visit, queries, keys, partly), made.pop(0))
 
     # Under pl.when even without a mask: inside shard_map an interpreted kernel is checked op by op, and constants at
     # its outermost level then do not vary as they should.
@@ -225,7 +229,7 @@ def _probabilities(plan, refs, queries, hidden, s):
 
 def _flow(plan, refs, keys, p, ds):
     """{"do": V̇ᵀP + VᵀH [features, queries], "r": the sums of H [1, queries]} of a piece; ds: Ṡ, not scaled."""
-    made = {"do": 0.0}
+    made: dict[str, Any] = {"do": 0.0}
     if ds is not None:
         made["do"], made["r"] = _weigh_and_sum(plan, refs["v_turned"][:, keys], plan.scale * p * ds)
     if "dv_turned" in refs:

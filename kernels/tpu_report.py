@@ -140,9 +140,13 @@ def ours(kind):
 
     functions = {
         FORWARD: ("online", lambda q, k, v: pallas_tpu.forward(q, k, v, scale, True), (q, q, q)),
-        TANGENT: ("tangent", lambda *x: pallas_tpu.tangent(*x, scale), (q, q, q, o, lse, q, q, q)),
-        BOTH: ("fused", lambda *x: pallas_tpu.forward_tangent(*x, scale, True), (q,) * 6),
-        BACKWARD: ("backward", lambda *x: pallas_tpu.backward(*x, (True,) * 3, scale), (q, q, q, o, lse, q)),
+        TANGENT: ("tangent", functools.partial(pallas_tpu.tangent, scale=scale), (q, q, q, o, lse, q, q, q)),
+        BOTH: ("fused", functools.partial(pallas_tpu.forward_tangent, scale=scale, wide=True), (q,) * 6),
+        BACKWARD: (
+            "backward",
+            functools.partial(pallas_tpu.backward, live=(True, True, True), scale=scale),
+            (q, q, q, o, lse, q),
+        ),
     }
     return {
         name: (steered(f), args, math.prod(cuts[kernel][0]) / BLOCK**2) for name, (kernel, f, args) in functions.items()

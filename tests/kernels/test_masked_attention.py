@@ -30,7 +30,7 @@ from tests.kernels.test_attention import (
     value_tangent_gradient,
 )
 
-WITH_MASKS = ("reference", "blockwise_small")
+WITH_MASKS = ("reference", "blockwise_small", "pallas_tpu")
 in_tiles = pytest.mark.parametrize("attend", [x for x in WITH_MASKS if x != "reference"], indirect=True)
 # mask, queries, keys; the small tiles have 8 queries and 16 keys
 CASES = {

@@ -61,7 +61,7 @@ class TestTinyRuns:
             planned[name] = report.Planned(need._replace(estimate=report.Estimate(seconds, 1.0, 2.0)), 1.0, "")
         assert report.cycle_seconds(programs, planned) == (8.0, 2)  # update_freq 2
         assert "8 s for a cycle of 2 iterations" in report.summary(programs, planned, chips.CHIPS["cpu"])
-        assert report.open_trips(programs) == 1.5  # of 1 to 4 steps all but the last, on average
+        assert programs.run.rcm.open_trips == 1.5  # of 1 to 4 steps all but the last, on average
 
     def test_work_of_one_device_is_the_products_of_the_network(self):
         """A token's own products are twice the parameters of its matrices: the few that tokens share are small."""
