@@ -210,7 +210,7 @@ class Visit(NamedTuple):
 
     query_tile: jax.Array
     key_tile: jax.Array
-    whole: jax.Array  # no query of the tile has a key of the tile hidden
+    seen: jax.Array  # how much of the keys: NOTHING, PARTLY or WHOLLY of kernels.masks
     first: jax.Array  # of the tile that stays
     last: jax.Array
     starts: jax.Array  # the first of a head
@@ -259,24 +259,22 @@ class _Plan(NamedTuple):
         return (self.tiles.keys, self.features)
 
     def visits(self) -> np.ndarray:
-        """[visits] of int32, from the lowest bit on: whole, first, last, 14 of the streaming tile, 14 of the staying."""
+        """[visits] of int32: 2 bits of `seen`, 1 of first, 1 of last, 14 of the tile that streams, 14 of the other."""
         l, m, tiles = self.queries, self.keys, self.tiles
         if self.mask is None:
             table = np.full((self.query_tiles, self.padded["keys"] // tiles.keys), masks.WHOLLY)
         else:
             table = masks.tile_table(self.mask, l, m, *tiles, first=self.first_position)
         table = np.array(table if self.stays == "queries" else table.T)
-        table[~table.any(1), 0] = masks.PARTLY  # what nobody sees gets zeros, by one visit
-        stay, stream = np.nonzero(table)
-        new = np.flatnonzero(np.diff(stay, prepend=-1, append=-1))
-        first, last = np.zeros((2, len(stay)), int)
-        first[new[:-1]], last[new[1:] - 1] = 1, 1
-        whole = table[stay, stream] == masks.WHOLLY
-        return (stay << 17 | stream << 3 | last << 2 | first << 1 | whole).astype(np.int32)
+        visited = table > masks.NOTHING
+        visited[~visited.any(1), 0] = True  # what nobody sees gets its zeros, by a visit that computes nothing
+        stay, stream = np.nonzero(visited)
+        first, last = np.diff(stay, prepend=-1) > 0, np.diff(stay, append=len(table)) > 0
+        return (stay << 18 | stream << 4 | last << 3 | first << 2 | table[visited]).astype(np.int32)
 
     def tile(self, side, visit):
         """Which tile of the queries or the keys an entry of `visits` has."""
-        return visit >> 17 if side == self.stays else (visit >> 3) & (1 << 14) - 1
+        return visit >> 18 if side == self.stays else (visit >> 4) & (1 << 14) - 1
 
 
 def _plan(kernel, q, k, scale, mask, tiles, pieces, first_position=None):
@@ -397,9 +395,9 @@ def _launch(body, plan, inputs, outputs, scratch, products, interpret):
     def kernel(visits, refs, out, acc):
         at = pl.program_id(2)
         entry, last = visits[at], pl.num_programs(2) - 1
-        whole, first_of_row, last_of_row = (entry >> i & 1 == 1 for i in range(3))
+        first_of_row, last_of_row = (entry >> i & 1 == 1 for i in (2, 3))
         tiles = {f"{x}_tile": plan.tile(y, entry) for x, y in (("query", "queries"), ("key", "keys"))}
-        visit = Visit(**tiles, whole=whole, first=first_of_row, last=last_of_row, starts=at == 0, ends=at == last)
+        visit = Visit(**tiles, seen=entry & 3, first=first_of_row, last=last_of_row, starts=at == 0, ends=at == last)
         body(plan, visit, refs, out, acc)
 
     def shape(name):

@@ -166,9 +166,9 @@ def _pipelined(plan, visit, products, add):
 
     # Under pl.when even without a mask: inside shard_map an interpreted kernel is checked op by op, and constants at
     # its outermost level then do not vary as they should.
-    pl.when(visit.whole)(lambda: run(partly=False))
+    pl.when(visit.seen == masks.WHOLLY)(lambda: run(partly=False))
     if plan.mask is not None:
-        pl.when(~visit.whole)(lambda: run(partly=True))
+        pl.when(visit.seen == masks.PARTLY)(lambda: run(partly=True))
 
 
 def _hidden(plan, visit, queries, keys, partly):

@@ -169,9 +169,9 @@ class TestInterpreted:
         pairs = [(int(plan.tile("queries", x)), int(plan.tile("keys", x))) for x in visits]
         # Chunks of 12: queries 0 to 15 see keys to 23, 16 to 31 keys to 35, 32 to 47 keys to 47, 48 to 63 all.
         assert pairs == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
-        assert [x >> 1 & 1 for x in visits] == [1, 1, 0, 1, 0, 1, 0]  # first of the queries' tile
-        assert [x >> 2 & 1 for x in visits] == [1, 0, 1, 0, 1, 0, 1]  # last of it
-        assert [x & 1 for x in visits] == [0, 0, 0, 1, 0, 1, 0]  # whole
+        assert [x >> 2 & 1 for x in visits] == [1, 1, 0, 1, 0, 1, 0]  # first of the queries' tile
+        assert [x >> 3 & 1 for x in visits] == [1, 0, 1, 0, 1, 0, 1]  # last of it
+        assert [x & 3 for x in visits] == [1, 1, 1, 2, 1, 2, 1]  # partly or wholly
 
     def test_the_platform_decides_by_default(self):
         q, k, v, *_ = arrays("one_tile", "float32")
