@@ -16,8 +16,9 @@ times less than replicated over lanes. O, Ȯ and dQ are accumulated as [d, queri
 that are multiplied so (V, V̇ and backward K) come as [b, n, d, m]. Vᵀ has a row of ones below: what the accumulators
 hold there is the sum of the weights, for which the vector units have no time to spare.
 
-Last tiles are filled up with zeros. Weights of keys that only fill are made zero, in those pieces of a tile where such
-keys can be; queries that only fill give gradients of zero, for their cotangents are.
+The last tile may reach beyond the array. What is read there is arbitrary, NaN too: pieces that can be there are taken
+as zeros, and so are their weights. Whether it is the last tile is not known where a piece is worked off; but the other
+pieces are full in any tile, and cost nothing. What is written there is dropped.
 
 `interpret` says how a kernel runs: False compiles it for a TPU, True interprets it with XLA on any backend (slowly, for
 tests), and None leaves it to the platform that the program around it is lowered for, which need not be the one of the
@@ -216,6 +217,13 @@ class Visit(NamedTuple):
     starts: jax.Array  # the first of a head
     ends: jax.Array
 
+    def tile(self, side):
+        return self.query_tile if side == "queries" else self.key_tile
+
+
+_PER_QUERY = ("q", "o", "g", "lse", "row")  # and their tangents and gradients; the others belong to keys
+_ROWS = ("lse", "row")
+
 
 class _Plan(NamedTuple):
     """How a kernel is cut; its grid is (b, n, visits)."""
@@ -236,6 +244,20 @@ class _Plan(NamedTuple):
     def padded(self):
         """Tokens with those that fill the last tile."""
         return {x: -(-getattr(self, x) // getattr(self.tiles, x)) * getattr(self.tiles, x) for x in ("queries", "keys")}
+
+    @staticmethod
+    def side(name):
+        """Whether the tokens of an array are "queries" or "keys"."""
+        return "queries" if name.removesuffix("_turned").removeprefix("d") in _PER_QUERY else "keys"
+
+    @staticmethod
+    def is_upright(name):
+        """Whether it is [tokens, d]; a row and what is turned have their tokens behind."""
+        return name not in _ROWS and not name.endswith("_turned")
+
+    def is_full(self, side, tokens):
+        """Whether these tokens of a tile are real in every tile."""
+        return tokens.start + tokens.size <= getattr(self.tiles, side) - self.padded[side] + getattr(self, side)
 
     @property
     def query_tiles(self):
@@ -340,14 +362,6 @@ def _cut(length, most, piece):
     return min(range(most, most // 2, -step), key=lambda size: -(-length // size) * size)
 
 
-_PER_QUERY = ("q", "o", "g", "lse", "row")  # and their tangents and gradients; the others belong to keys
-_ROWS = ("lse", "row")
-
-
-def _side(name):
-    return "queries" if name.removesuffix("_turned").removeprefix("d") in _PER_QUERY else "keys"
-
-
 def _features(plan, name):
     """How many numbers a token has in an array as kernels have it."""
     if name in _ROWS:
@@ -358,27 +372,25 @@ def _features(plan, name):
 
 
 def _arranged(plan, name, x):
-    """An input as kernels have it, its last tile filled up."""
-    more = plan.padded[_side(name)] - getattr(plan, _side(name))
+    """An input as kernels have it."""
     if name in _ROWS:
-        return jnp.pad(x[:, :, None], ((0, 0),) * 3 + ((0, more),))
-    if name.endswith("_turned"):
-        below = plan.feature_rows - plan.features
-        x = jnp.pad(x.transpose(0, 2, 3, 1), ((0, 0), (0, 0), (0, below), (0, more)))
-        if name == "v_turned" and plan.pieces.ones:
-            rows = jnp.broadcast_to(jnp.arange(ONES)[:, None] == 0, (ONES, x.shape[3]))
-            x = jnp.concatenate([x, jnp.broadcast_to(rows, (*x.shape[:2], *rows.shape)).astype(x.dtype)], axis=2)
-        return x
-    return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, more), (0, 0)))
+        return x[:, :, None]
+    if plan.is_upright(name):
+        return x.swapaxes(1, 2)
+    x = x.transpose(0, 2, 3, 1)
+    rows = _features(plan, name) - plan.features
+    ones = jnp.arange(rows) == plan.feature_rows - plan.features if plan.pieces.ones else jnp.zeros(rows, bool)
+    below = jnp.broadcast_to(ones[:, None], (*x.shape[:2], rows, x.shape[3]))
+    return jnp.concatenate([x, below.astype(x.dtype)], axis=2) if rows else x
 
 
 def _spec(plan, name, features):
     """The tile of an array as `_arranged` makes it: [tokens, d], [features, tokens], or [1, tokens] of a row."""
-    side = _side(name)
+    side = plan.side(name)
     size = getattr(plan.tiles, side)
     if name == "dq" and plan.stays == "keys":  # all queries of a head
         return pl.BlockSpec((None, None, plan.padded[side], features), lambda b, n, at, visits: (b, n, 0, 0))
-    if name in _ROWS or name.endswith("_turned"):
+    if not plan.is_upright(name):
         return pl.BlockSpec(
             (None, None, features, size), lambda b, n, at, visits: (b, n, 0, plan.tile(side, visits[at]))
         )
@@ -396,12 +408,13 @@ def _launch(body, plan, inputs, outputs, scratch, products, interpret):
         at = pl.program_id(2)
         entry, last = visits[at], pl.num_programs(2) - 1
         first_of_row, last_of_row = (entry >> i & 1 == 1 for i in (2, 3))
-        tiles = {f"{x}_tile": plan.tile(y, entry) for x, y in (("query", "queries"), ("key", "keys"))}
-        visit = Visit(**tiles, seen=entry & 3, first=first_of_row, last=last_of_row, starts=at == 0, ends=at == last)
+        tiles = (plan.tile(side, entry) for side in ("queries", "keys"))
+        visit = Visit(*tiles, seen=entry & 3, first=first_of_row, last=last_of_row, starts=at == 0, ends=at == last)
         body(plan, visit, refs, out, acc)
 
     def shape(name):
-        tokens = plan.padded[_side(name)]
+        side = plan.side(name)
+        tokens = plan.padded[side] if name == "dq" and plan.stays == "keys" else getattr(plan, side)
         size = (1, tokens) if name in _ROWS else (tokens, plan.features)
         return jax.ShapeDtypeStruct((plan.batch, plan.heads, *size), outputs[name], manual_axis_type=varying)
 
@@ -433,7 +446,7 @@ def _launch(body, plan, inputs, outputs, scratch, products, interpret):
     else:
         out = run(interpret)(visits, arrays)
     return {
-        name: x[:, :, 0, : plan.queries] if name in _ROWS else x[:, :, : getattr(plan, _side(name))].swapaxes(1, 2)
+        name: x[:, :, 0] if name in _ROWS else x[:, :, : getattr(plan, plan.side(name))].swapaxes(1, 2)
         for name, x in out.items()
     }
 

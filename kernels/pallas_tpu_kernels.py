@@ -7,6 +7,7 @@ A tile is worked off in pieces (`_pipelined`): the products of later pieces are 
 earlier ones, so that the compiler's schedule keeps the matrix units busy while the vector units work on the others.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -31,9 +32,11 @@ def online(plan, visit, refs, out, acc):
         for name, ref in acc.items():
             ref[...] = jnp.full(ref.shape, LOWEST if name == "top" else 0, ref.dtype)
 
+    at = functools.partial(_piece, plan, visit, refs)
+
     def products(queries, keys):
-        s = _scores(refs["k"][keys], refs["q"][queries])
-        return s, _moving_scores(refs, queries, keys) if "do" in out else None
+        s = _scores(at("k", keys), at("q", queries))
+        return s, _moving_scores(refs, at, queries, keys) if "do" in out else None
 
     def add(queries, keys, hidden, made):
         s, ds = made
@@ -45,9 +48,9 @@ def online(plan, visit, refs, out, acc):
         shrink = jnp.exp2(old - top)
         p = jnp.exp2(s - top)
         acc["top"][:, queries] = top
-        more = dict(zip(("o", "total"), _weigh_and_sum(plan, refs["v_turned"][:, keys], p), strict=True))
+        more = dict(zip(("o", "total"), _weigh_and_sum(plan, at("v_turned", keys), p), strict=True))
         if "do" in out:
-            more |= _flow(plan, refs, keys, p, ds)
+            more |= _flow(plan, refs, at, keys, p, ds)
         for name, x in more.items():
             acc[name][:, queries] = shrink * acc[name][:, queries] + x
 
@@ -74,13 +77,15 @@ def tangent(plan, visit, refs, out, acc):
         for ref in acc.values():
             ref[...] = jnp.zeros(ref.shape, jnp.float32)
 
+    at = functools.partial(_piece, plan, visit, refs)
+
     def products(queries, keys):
-        return _scores(refs["k"][keys], refs["q"][queries]), _moving_scores(refs, queries, keys)
+        return _scores(at("k", keys), at("q", queries)), _moving_scores(refs, at, queries, keys)
 
     def add(queries, keys, hidden, made):
         s, ds = made
         p = _probabilities(plan, refs, queries, hidden, s)
-        for name, x in _flow(plan, refs, keys, p, ds).items():
+        for name, x in _flow(plan, refs, at, keys, p, ds).items():
             acc[name][:, queries] += x
 
     _pipelined(plan, visit, products, add)
@@ -111,23 +116,25 @@ def backward(plan, visit, refs, out, acc):
 
             _each_tile(plan, clear)
 
+    at = functools.partial(_piece, plan, visit, refs)
+
     def products(queries, keys):
-        s = _scores(refs["k"][keys], refs["q"][queries])
-        return s, _scores(refs["v"][keys], refs["g"][queries]) if "v" in refs else None
+        s = _scores(at("k", keys), at("q", queries))
+        return s, _scores(at("v", keys), at("g", queries)) if "v" in refs else None
 
     def add(queries, keys, hidden, made):
         s, dp = made
         p = _probabilities(plan, refs, queries, hidden, s)
         if "dv" in acc:
-            acc["dv"][keys] += _product(p, refs["g"][queries], (1, 0))
+            acc["dv"][keys] += _product(p, at("g", queries), (1, 0))
         if dp is None:
             return
-        ds = p * (dp - refs["row"][:, queries])
+        ds = p * (dp - at("row", queries))
         if "dk" in acc:
-            acc["dk"][keys] += _product(ds, refs["q"][queries], (1, 0))
+            acc["dk"][keys] += _product(ds, at("q", queries), (1, 0))
         if "dq" in acc:
             tokens = _tokens(plan, visit.query_tile, queries.start, queries.size)
-            acc["dq"][:, tokens] += _weigh(refs["k_turned"][:, keys], ds)
+            acc["dq"][:, tokens] += _weigh(at("k_turned", keys), ds)
 
     _pipelined(plan, visit, products, add)
 
@@ -171,19 +178,34 @@ def _pipelined(plan, visit, products, add):
         pl.when(visit.seen == masks.PARTLY)(lambda: run(partly=True))
 
 
-def _hidden(plan, visit, queries, keys, partly):
-    """[keys, queries] of a piece: what the mask hides and what fills the last tile; None for nothing.
+def _piece(plan, visit, refs, name, tokens):
+    """Those tokens of the tile of an array, the ones behind the last as zeros.
 
-    Whether it is the last tile is not known here; but the other pieces are full in any tile, and cost nothing.
+    Queries that stay are as they come: what they give is dropped.
     """
-    behind = plan.tiles.keys - (plan.padded["keys"] - plan.keys)
+    x, axis = (refs[name][tokens], 0) if plan.is_upright(name) else (refs[name][:, tokens], 1)
+    side = plan.side(name)
+    if (side == "queries" and plan.stays == side) or plan.is_full(side, tokens):
+        return x
+    index = visit.tile(side) * getattr(plan.tiles, side) + tokens.start
+    real = index + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < getattr(plan, side)
+    return jnp.where(real, x.astype(jnp.float32), 0.0).astype(x.dtype)
+
+
+def _hidden(plan, visit, queries, keys, partly):
+    """[keys, queries] of a piece: what the mask hides and what is behind the last of what streams; None for nothing."""
     mask = plan.mask if partly else None
-    if mask is None and keys.start + keys.size <= behind:
-        return None
-    query = jax.lax.broadcasted_iota(jnp.int32, (1, queries.size), 1)
-    key = jax.lax.broadcasted_iota(jnp.int32, (keys.size, queries.size), 0)
-    position = plan.first_position + visit.query_tile * plan.tiles.queries + queries.start + query
-    return masks.hides(mask, position, visit.key_tile * plan.tiles.keys + keys.start + key, plan.keys)
+    key = visit.key_tile * plan.tiles.keys + keys.start
+    key += jax.lax.broadcasted_iota(jnp.int32, (keys.size, queries.size), 0)
+    query = visit.query_tile * plan.tiles.queries + queries.start
+    hidden = None
+    if mask is not None or not plan.is_full("keys", keys):
+        query_row = query + jax.lax.broadcasted_iota(jnp.int32, (1, queries.size), 1)
+        hidden = masks.hides(mask, plan.first_position + query_row, key, plan.keys)
+    if plan.stays == "keys" and not plan.is_full("queries", queries):
+        behind = query + jax.lax.broadcasted_iota(jnp.int32, (keys.size, queries.size), 1) >= plan.queries
+        hidden = behind if hidden is None else hidden | behind
+    return hidden
 
 
 def _each_tile(plan, do):
@@ -215,10 +237,10 @@ def _weigh(values, weights):
     return _product(values, weights.astype(values.dtype), (1, 0))
 
 
-def _moving_scores(refs, queries, keys):
+def _moving_scores(refs, at, queries, keys):
     """Q̇ Kᵀ + Q K̇ᵀ turned [keys, queries], not scaled; None where neither moves."""
     pairs = [(x, y) for x, y in (("k", "dq"), ("dk", "q")) if x in refs and y in refs]
-    return sum(_scores(refs[x][keys], refs[y][queries]) for x, y in pairs) if pairs else None
+    return sum(_scores(at(x, keys), at(y, queries)) for x, y in pairs) if pairs else None
 
 
 def _probabilities(plan, refs, queries, hidden, s):
@@ -227,13 +249,13 @@ def _probabilities(plan, refs, queries, hidden, s):
     return p if hidden is None else jnp.where(hidden, 0.0, p)
 
 
-def _flow(plan, refs, keys, p, ds):
+def _flow(plan, refs, at, keys, p, ds):
     """{"do": V̇ᵀP + VᵀH [features, queries], "r": the sums of H [1, queries]} of a piece; ds: Ṡ, not scaled."""
     made: dict[str, Any] = {"do": 0.0}
     if ds is not None:
-        made["do"], made["r"] = _weigh_and_sum(plan, refs["v_turned"][:, keys], plan.scale * p * ds)
+        made["do"], made["r"] = _weigh_and_sum(plan, at("v_turned", keys), plan.scale * p * ds)
     if "dv_turned" in refs:
-        made["do"] += _weigh(refs["dv_turned"][:, keys], p)
+        made["do"] += _weigh(at("dv_turned", keys), p)
     return made
 
 
