@@ -7,6 +7,7 @@ query of a tile tell what all of them see.
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int8
@@ -55,8 +56,11 @@ class BlockCausal:
         Key j is seen where j < high and (j ≥ low or j < sink_tokens); low is 0 where no key lies between the two.
         positions: integers of Python, numpy or JAX, also inside a kernel; the ends have their shape.
         """
-        xp = np if isinstance(positions, (int, np.ndarray, np.integer)) else jnp
-        end = (positions // self.chunk + 1) * self.chunk
+        known = isinstance(positions, (int, np.ndarray, np.integer))
+        xp = np if known else jnp
+        # Not by //, which asks for signs: inside a TPU kernel those depend on the chip that is there.
+        chunks = positions // self.chunk if known else jax.lax.div(positions, jnp.full_like(positions, self.chunk))
+        end = (chunks + 1) * self.chunk
         high = xp.minimum(end, length)
         if self.window is None:
             return xp.zeros_like(high), high
