@@ -26,7 +26,7 @@ Columns:
   of [queries, keys] with [keys, d], 2·b·n·l·m·d operations, and the counts are those of separate kernels that keep
   o and lse: 2 forward (S = Q Kᵀ, P V); 5 more for the tangent (S again, Q̇ Kᵀ, Q K̇ᵀ, P V̇, H V), 3 more along q alone
   (S again, Q̇ Kᵀ, H V); 5 more backward (S again, G Vᵀ, and one each for dQ, dK, dV). A side may make another number:
-  a fused kernel does not make S again, the kernels of "triton" and "pallas_tpu" make S and G Vᵀ twice backward.
+  a fused kernel does not make S again, those of "triton" make S and G Vᵀ twice backward.
 - of matmul: that rate / the rate of a square jnp matmul of the same dtype in this run, at JAX's default precision.
 - temp MiB: temp_size_in_bytes of XLA's memory analysis of the compiled program: the scratch space it allocates besides
   its arguments and its results. It is a property of the program, not a measurement of the process.
