@@ -325,5 +325,5 @@ class TestCompilation:
         x, text = shape((2, 4080, 16, 128), spec), shape((2, 512, 16, 128), spec)
         weights = shape((2, 4, 128, 128), PartitionSpec())
         compiled = compile_and_report(f"{chip} step, remat {remat}", step, (weights, text, x, x))
-        for kernel in ("online", "tangent", "keys", "queries"):
-            assert f"attention_{kernel}_kernel" in compiled.as_text()
+        for kernel in ("online", "tangent", "backward"):
+            assert f"attention_{kernel}" in compiled.as_text()
