@@ -7,14 +7,13 @@ Three kernels (kernels.pallas_tpu_kernels): the online softmax, alone or with th
 The grid is (b, n, visits). A visit is a pair of a tile of queries and a tile of keys, and a table that goes ahead of
 the arrays says which: all pairs, or those that a mask lets see each other. One of the two tiles stays while those of
 the other stream by and add to accumulators, so that VMEM does not hold more with more keys; the backward pass, whose
-keys stay, also keeps dQ of all queries of a head, and does MOST_QUERIES of them at a time. Visits run in order and no
-two programs add to one place: results are the same from run to run.
+keys stay, also keeps dQ of all queries of a head, and takes as many of them at a time as VMEM holds. Visits run in
+order and no two programs add to one place: results are the same from run to run.
 
 Scores are kept transposed, Sᵀ = K Qᵀ [keys, queries]. What belongs to a query (maximum, lse) is then a row along the
 lanes: it is reduced over sublanes, without shuffles, and lse is stored as [b, n, 1, l] in blocks of (1, tile), 128
 times less than replicated over lanes. O, Ȯ and dQ are accumulated as [d, queries] and turned at the end; the arrays
-that are multiplied so (V, V̇ and backward K) come as [b, n, d, m]. Vᵀ has a row of ones below: what the accumulators
-hold there is the sum of the weights, for which the vector units have no time to spare.
+that are multiplied so (V, V̇ and backward K) come as [b, n, d, m].
 
 The last tile may reach beyond the array. What is read there is arbitrary, NaN too: pieces that can be there are taken
 as zeros, and so are their weights. Whether it is the last tile is not known where a piece is worked off; but the other
@@ -46,8 +45,8 @@ from .reference import Gradients, K, Live, Q, Row
 
 DTYPES = ("bfloat16", "float32")
 MAX_FEATURES = 256
-MOST_QUERIES = 32_768  # of a head whose dQ is in VMEM at a time: 16 MiB in float32 at 128 features
-VMEM = 100 * 2**20  # bytes a kernel may use; of 16 MiB by default, v5e, v5p and v6e have 128
+VMEM = 60 * 2**20  # bytes a kernel may use; it is 16 MiB by default
+DQ = 32 * 2**20  # of which dQ of a head may be so many: that of 32,768 queries at 128 features in bfloat16
 ONES = 16  # rows below Vᵀ, of which the first is ones: a tile of 16-bit rows
 
 
@@ -174,7 +173,7 @@ def backward(
     if not any(live):
         return None, None, None
     l = q.shape[1]
-    size = -(-l // -(-l // MOST_QUERIES))
+    size = -(-l // -(-l // _most_queries(q)))
     cut = functools.partial(_plan, "backward", k=k, scale=scale, mask=mask, tiles=tiles, pieces=pieces)
     made = []
     for start in range(0, l, size):
@@ -188,6 +187,12 @@ def backward(
     dq = None if dq is None else jnp.concatenate(dq, axis=1)
     dk, dv = (None if x is None else functools.reduce(jnp.add, x).astype(k.dtype) for x in (dk, dv))
     return dq, dk, dv
+
+
+def _most_queries(q):
+    """How many queries of a head have their dQ in VMEM at a time: a float32 accumulator, and the result twice."""
+    d = max(q.shape[-1], 128)
+    return DQ // (4 * d + 2 * q.dtype.itemsize * d)
 
 
 def _backward(plan, k, v, q, o, lse, g, live, dtype, interpret):
