@@ -223,6 +223,7 @@ class Visit(NamedTuple):
     ends: jax.Array
 
     def tile(self, side):
+        """That of the "queries" or the "keys"."""
         return self.query_tile if side == "queries" else self.key_tile
 
 
@@ -266,6 +267,7 @@ class _Plan(NamedTuple):
 
     @property
     def query_tiles(self):
+        """How many tiles the queries have."""
         return self.padded["queries"] // self.tiles.queries
 
     @property
@@ -275,14 +277,17 @@ class _Plan(NamedTuple):
 
     @property
     def row(self):
+        """The shape of what a tile of queries has one number each of."""
         return (1, self.tiles.queries)
 
     @property
     def turned(self):
+        """The shape of an accumulator of a tile of queries."""
         return (self.feature_rows, self.tiles.queries)
 
     @property
     def upright(self):
+        """The shape of an accumulator of a tile of keys."""
         return (self.tiles.keys, self.features)
 
     def visits(self) -> np.ndarray:

@@ -99,7 +99,7 @@ class TestInterpreted:
         ("shape", "dtype", "ones"),
         [
             *((shape, "float32", shape in ("cross", "causal")) for shape in SHAPES),
-            *((shape, "bfloat16", shape in ("odd", "window")) for shape in ("one_tile", "ragged", "odd", "window")),
+            *((shape, "bfloat16", shape in ("tiles", "odd", "window")) for shape in SHAPES),
         ],
     )
     def test_against_the_reference(self, shape, dtype, ones):
@@ -203,7 +203,9 @@ class TestInterpreted:
         size = pallas_tpu._cut(length, 2048, piece)
         assert size <= 2048 and size % min(piece, 128) == 0
         filled = -(-length // size) * size
-        assert filled - length < (128 if length <= 2048 else max(0.04 * length, size))
+        assert length <= filled < length + (128 if length <= 2048 else size)
+        if length > 4000:  # the real ones: little is made for nothing
+            assert filled < 1.04 * length
 
     def test_every_kernel_has_a_cut_for_every_chip(self):
         kinds = {"TPU v5 lite": 128, "TPU v5": 128, "TPU v6 lite": 256, "TPU7x": 256}
