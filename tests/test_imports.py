@@ -27,6 +27,7 @@ ALLOWED = {
     "rcm_jax.run": BELOW_RUN | {"rcm_jax.run"},
     "rcm_jax.evaluate": BELOW_RUN | {"rcm_jax.run", "rcm_jax.evaluate"},
     "rcm_jax.plan": BELOW_RUN | {"rcm_jax.run", "rcm_jax.plan"},
+    "rcm_jax.build": BELOW_RUN | {"rcm_jax.run", "rcm_jax.build"},
 }
 NEVER_IN_THE_LIBRARY = {"configs", "scripts", "ml_collections"}
 # Third-party packages by the same prefixes.

@@ -7,6 +7,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
+
+from etils import epath
+
+
+def as_path(path: str | os.PathLike) -> Any:
+    """A path that the user gave: pathlib's, or etils' with the same methods for an object store (gs://, s3://, …)."""
+    return epath.Path(path) if "://" in os.fspath(path) else pathlib.Path(path)
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[pathlib.Path], object]) -> None:
