@@ -1,4 +1,4 @@
-"""What a source gives the engine: a list of items that is known before anything is computed, and what makes examples."""
+"""What a source gives the engine: items, known before anything is computed, and what makes examples of them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
