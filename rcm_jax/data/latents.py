@@ -1,53 +1,40 @@
 """Precomputed latents and text embeddings on disk.
 
-A folder holds latents-00000-of-0000N.array_record … and uncond.safetensors. Every record is one example in safetensors:
-x0, the latents [t, h, w, c] of unit variance, and its conditions by name, say text [l, d]; all examples have the same
-names, shapes and dtypes. uncond.safetensors has the conditions that guidance replaces, say the text of the negative
-prompt, in the names, shapes and dtypes of the examples' conditions. Records are read when they are asked for; in memory
-is an index, some 60 bytes a record.
+A folder holds latents-00000-of-0000N.array_record …, uncond.safetensors and set.json. Every record is one example in
+safetensors: x0, the latents [t, h, w, c] of unit variance, and its conditions by name, say text [l, d]. All examples
+have the same names and dtypes; those of one file have one shape of x0, which set.json says. What lies on all of
+[t, h, w], as x0, has its sizes; other conditions have one shape in all of the set. uncond.safetensors has the
+conditions that guidance replaces, say the text of the negative prompt. Records are read when they are asked for; in
+memory is an index, some 60 bytes a record.
 """
 
 import bisect
-import contextlib
 import dataclasses
 import itertools
+import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
+from typing import Any
 
-import grain
-import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
-from array_record.python.array_record_module import ArrayRecordWriter
 
+from rcm_jax.data import records
 from rcm_jax.data.dataset import Dataset
-from rcm_jax.util.files import new_folder
+from rcm_jax.util.files import as_path, new_folder, write_text
 
-UNCOND = "uncond.safetensors"
+UNCOND, SET = "uncond.safetensors", "set.json"
 SHARD = re.compile(r"latents-(\d{5,})-of-(\d{5,})\.array_record")
-# A group of one: a random read does not read its neighbours. Latents barely compress, and are read faster plain.
-OPTIONS = "group_size:1,uncompressed"
-# By their names in safetensors, whose own reader of bytes into numpy knows no bfloat16.
-STORED_DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(jnp.bfloat16),
-    "I32": np.dtype(np.int32),  # conditions such as token ids and labels, not x0
-}
-ALLOWED = ", ".join(dtype.name for dtype in STORED_DTYPES.values())
-
-Spec = dict[str, tuple[np.dtype, tuple[int, ...]]]  # name -> dtype, shape
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentsConfig:
-    """A folder as `write` makes it, and the shape of x0 without the batch axis: [t, h, w, c].
+    """A folder, as scripts/build_dataset.py makes it, and the shape of x0 without the batch axis: [t, h, w, c].
 
     Of examples with more frames the first t are taken, as the official runs do, of x0 and of conditions on its frames.
+    A set may hold other shapes besides (buckets): they are trained on as well; samples are drawn in `shape`.
     """
 
     path: str = ""
@@ -61,68 +48,106 @@ class LatentsConfig:
 def load(config: LatentsConfig) -> Dataset:
     """The examples as a random-access source, all for training: x0 float32, conditions in their stored dtypes.
 
-    ValueError if there is no folder, it is not whole, or its first record does not fit uncond.safetensors, or
-    config.shape in more than having more frames.
+    ValueError if there is no folder, it is not whole, its records do not fit set.json or uncond.safetensors, or none
+    has config.shape but for having more frames.
     """
     if not config.path:
         raise ValueError("config.data.path is empty: it must name a folder of latents")
-    folder = pathlib.Path(config.path)
-    examples = Latents(_shard_paths(folder), config.shape[0])
-    if (shape := examples.spec["x0"][1]) != config.shape:
-        raise ValueError(
-            f"{folder}: x0 is {list(shape)} there, but the config's shape is {list(config.shape)}; only frames, the "
-            "first number, may be more there"
-        )
+    folder = as_path(config.path)
+    examples = Latents(folder, config.shape)
     path = folder / UNCOND
     if not path.exists():
         raise ValueError(f"{folder} has no {UNCOND}: the condition of guidance, with the names of the conditions")
-    uncond = _decode(path.read_bytes(), path)
-    uncond = examples.cut(uncond)
-    _check_uncond(uncond, examples.spec, path)
+    uncond = examples.cut(records.decode(path.read_bytes(), path), examples.stored_shapes[0])
+    records.check_uncond(uncond, examples.first, path)
     return Dataset(train=examples, test=None, uncond=uncond, num_classes=None, view="video")
 
 
 class Latents:
-    """Random access to the records of shards: examples[rows [b]] is {"x0": float32 [b, ...], "cond": {name: [b, ...]}}.
+    """Random access to the records of a folder: examples[rows [b]] is {"x0": float32 [b, ...], "cond": {name: …}}.
 
-    Safe to read from several threads. Opening reads the first record: it is `stored`, and `spec` when cut to `frames`.
+    Rows that are asked for together have one shape: `buckets` are the rows of each, first those of `shape`.
+    Safe to read from several threads. Opening reads one record of each shape.
     """
 
-    def __init__(self, paths: list[pathlib.Path], frames: int | None = None):
-        self.paths = paths
+    def __init__(self, folder, shape: Sequence[int]):
+        self.paths, self.frames = shard_paths(folder), shape[0]
         with futures.ThreadPoolExecutor(16) as pool:
-            self.shards = list(pool.map(_open, paths))
-        self.ends = list(itertools.accumulate(len(shard) for shard in self.shards))  # pyright: ignore[reportArgumentType]
+            self.shards = list(pool.map(records.open_shard, self.paths))
+        counts = [len(shard) for shard in self.shards]  # pyright: ignore[reportArgumentType]
+        self.ends = list(itertools.accumulate(counts))
         if not len(self):
-            raise ValueError(f"{paths[0].parent} holds no example: its {len(paths)} files are empty")
-        tensors, where = self._read(0)
-        self.stored, self.frames = _spec(tensors), frames
-        _check_x0(self.stored, where)
-        self.spec = _spec(self.cut(tensors))
+            raise ValueError(f"{folder} holds no example: its {len(self.paths)} files are empty")
+        self.kinds = None
+        self.stored_shapes = self._shapes(folder, counts)
+        self.buckets = self._buckets(tuple(shape), counts)
+        self.first = {}
+        for rows in reversed(self.buckets):
+            self.first = self._example(int(rows[0]))  # at last of `shape`
+
+    def _shapes(self, folder, counts) -> list[tuple[int, ...]]:
+        """Of x0 in every file, as it is stored."""
+        if not (folder / SET).exists():  # sets of one shape, written before there was one
+            tensors, where = self._read(0)
+            records.check_x0(tensors, where)
+            return [tensors["x0"].shape] * len(counts)
+        shards = read_set(folder)["shards"]
+        told = [shard["examples"] for shard in shards] + [None] * (len(counts) - len(shards))
+        wrong = [
+            f"{path.name} has {n}, not {m}" for path, n, m in zip(self.paths, counts, told, strict=False) if n != m
+        ]
+        if wrong or len(shards) != len(counts):
+            raise ValueError(f"{folder} is not what its {SET} says: {'; '.join(wrong[:3]) or 'files are missing'}")
+        return [tuple(shard["shape"]) for shard in shards]
+
+    def _buckets(self, wanted: tuple[int, ...], counts) -> list[np.ndarray]:
+        """The rows of every shape, cut to `frames`; those of the wanted one first."""
+        found: dict[tuple[int, ...], list[np.ndarray]] = {wanted: []}
+        for shape, end, count in zip(self.stored_shapes, self.ends, counts, strict=True):
+            if count:
+                found.setdefault((min(shape[0], self.frames), *shape[1:]), []).append(np.arange(end - count, end))
+        if not found[wanted]:
+            there = " and ".join(map(str, sorted(map(list, set(self.stored_shapes)))))
+            raise ValueError(
+                f"{self.paths[0].parent}: x0 is {there} there, but the config's shape is {list(wanted)}; only frames, "
+                "the first number, may be more there"
+            )
+        return [np.concatenate(parts) for parts in found.values()]
 
     def __len__(self):
         return self.ends[-1]
 
     def __getitem__(self, rows):
-        batch = {
-            name: np.empty((len(rows), *shape), np.float32 if name == "x0" else dtype)
-            for name, (dtype, shape) in self.spec.items()
-        }
+        batch: dict[str, Any] = {}
         for i, row in enumerate(rows):
-            tensors, where = self._read(int(row))
-            if (spec := _spec(tensors)) != self.stored:
-                raise ValueError(f"{where} holds {_show(spec)}; the first record holds {_show(self.stored)}")
-            for name, tensor in self.cut(tensors).items():
+            example = self._example(int(row))
+            for name, tensor in example.items():
+                if i == 0:
+                    dtype = np.float32 if name == "x0" else tensor.dtype
+                    batch[name] = np.empty((len(rows), *tensor.shape), dtype)
                 batch[name][i] = tensor
         return {"x0": batch.pop("x0"), "cond": batch}
 
-    def cut(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Tensors with the first frames of those that lie, as x0, on all of [t, h, w]; the others as they are."""
-        places = self.stored["x0"][1][:-1]
+    def cut(self, tensors: Mapping[str, np.ndarray], shape) -> dict[str, np.ndarray]:
+        """Tensors with the first frames of those that lie, as an x0 of that shape, on [t, h, w]; others as they are."""
+        places = tuple(shape[:-1])
         return {
             name: array[: self.frames] if len(places) == 3 and array.shape[:3] == places else array
             for name, array in tensors.items()
         }
+
+    def _example(self, row: int) -> dict[str, np.ndarray]:
+        """The tensors of one example, cut, and checked against the first that was read."""
+        tensors, where = self._read(row)
+        records.check_x0(tensors, where)
+        told, kinds = self.stored_shapes[bisect.bisect_right(self.ends, row)], records.kinds_of(tensors)
+        if tensors["x0"].shape != told:
+            raise ValueError(f"{where}: x0 is {list(tensors['x0'].shape)}; it should be {list(told)}, as in its file")
+        self.kinds = self.kinds or kinds
+        if kinds != self.kinds:
+            known = records.in_words(self.kinds)
+            raise ValueError(f"{where} holds {records.in_words(kinds)}; the first record holds {known}")
+        return self.cut(tensors, told)
 
     def _read(self, row: int) -> tuple[dict[str, np.ndarray], str]:
         """The tensors of one example, and what to call it in errors."""
@@ -133,7 +158,42 @@ class Latents:
             record = self.shards[shard][position]
         except RuntimeError as error:
             raise ValueError(f"{where} cannot be read: {error}") from None
-        return _decode(record, where), where
+        return records.decode(record, where), where
+
+
+def read_set(folder) -> dict:
+    """What set.json says of the files, {"shards": [{"examples", "shape"}], …}; ValueError if it is none."""
+    path = as_path(folder) / SET
+    try:
+        values = json.loads(path.read_text())
+        for shard in values["shards"]:
+            if not isinstance(shard["examples"], int) or not all(isinstance(n, int) and n > 0 for n in shard["shape"]):
+                raise ValueError(f"{shard} are not a number of examples and a shape")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} does not say what the set holds: {type(error).__name__}: {error}") from None
+    return values
+
+
+def shard_name(i: int, count: int) -> str:
+    """Of the files of a set."""
+    return f"latents-{i:05d}-of-{count:05d}.array_record"
+
+
+def shard_paths(folder) -> list[pathlib.Path]:
+    """The files of a folder in order; ValueError if there is none or one is missing."""
+    folder = as_path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: latents are read from one that rcm_jax.data.latents.write made")
+    found = sorted((int(m[2]), int(m[1]), path) for path in folder.iterdir() if (m := SHARD.fullmatch(path.name)))
+    if not found:
+        raise ValueError(f"{folder} has no files latents-00000-of-0000N.array_record")
+    totals = sorted({total for total, _, _ in found})
+    if len(totals) > 1:
+        raise ValueError(f"{folder} mixes latents of {' and of '.join(map(str, totals))} files: keep one set")
+    if missing := sorted(set(range(totals[0])) - {number for _, number, _ in found}):
+        shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
+        raise ValueError(f"{folder} has {len(found)} of {totals[0]} files of latents; missing: {shown}")
+    return [path for _, _, path in found]
 
 
 def write(
@@ -152,126 +212,34 @@ def write(
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes {shard_bytes} must be at least 1")
     with new_folder(folder) as temporary:
-        uncond = _arrays(uncond, UNCOND)
-        (temporary / UNCOND).write_bytes(safetensors.numpy.save(uncond))
-        return _write_shards(temporary, _records(examples, uncond), shard_bytes)
+        uncond = records.as_arrays(uncond, UNCOND)
+        (temporary / UNCOND).write_bytes(records.encode(uncond))
+        return _write_shards(temporary, _checked(examples, uncond, first := {}), first, shard_bytes)
 
 
-def _records(examples, uncond) -> Iterator[bytes]:
-    """Examples in safetensors, each checked against the first."""
-    first = None
+def _checked(examples, uncond, first: dict) -> Iterator[bytes]:
+    """Records of examples, each checked against the first, whose tensors go into a dict."""
     for i, example in enumerate(examples):
-        tensors = _arrays(example, f"example {i}")
-        spec = _spec(tensors)
-        if first is None:
-            first = spec
-            _check_x0(spec, "example 0")
-            _check_uncond(uncond, spec, UNCOND)
-        if spec != first:
-            raise ValueError(f"example {i} holds {_show(spec)}; example 0 holds {_show(first)}")
-        yield safetensors.numpy.save(tensors)
-    if first is None:
+        tensors = records.as_arrays(example, f"example {i}")
+        if not first:
+            first |= tensors
+            records.check_x0(tensors, "example 0")
+            records.check_uncond(uncond, tensors, UNCOND)
+        if {n: (a.dtype, a.shape) for n, a in tensors.items()} != {n: (a.dtype, a.shape) for n, a in first.items()}:
+            raise ValueError(f"example {i} holds {records.show(tensors)}; example 0 holds {records.show(first)}")
+        yield records.encode(tensors)
+    if not first:
         raise ValueError("there is no example to write")
 
 
-def _write_shards(folder, records: Iterator[bytes], limit: int) -> int:
+def _write_shards(folder, stream: Iterator[bytes], first: dict, limit: int) -> int:
     """The records in shards, which get their names when it is known how many there are; returns how many records."""
     sizes = []
-    for record in records:
+    for record in stream:
         path = folder / str(len(sizes))
-        sizes.append(_write_shard(path, itertools.chain([record], records), limit))
+        sizes.append(records.write_shard(path, itertools.chain([record], stream), limit))
     for i in range(len(sizes)):
-        (folder / str(i)).rename(folder / f"latents-{i:05d}-of-{len(sizes):05d}.array_record")
+        (folder / str(i)).rename(folder / shard_name(i, len(sizes)))
+    shards = [{"examples": size, "shape": first["x0"].shape} for size in sizes]
+    write_text(folder / SET, json.dumps({"shards": shards}, indent=1) + "\n")
     return sum(sizes)
-
-
-def _write_shard(path, records: Iterator[bytes], limit: int) -> int:
-    """Records up to the one that reaches the limit in bytes; returns how many."""
-    count = size = 0
-    with _disk_errors(path):
-        writer = ArrayRecordWriter(str(path), OPTIONS)
-    try:
-        for record in records:
-            with _disk_errors(path):
-                writer.write(record)
-            count, size = count + 1, size + len(record)
-            if size >= limit:
-                break
-    finally:
-        with _disk_errors(path):
-            writer.close()
-    return count
-
-
-@contextlib.contextmanager
-def _disk_errors(path):
-    """The RuntimeErrors of array_record as OSErrors that name the file."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise OSError(f"cannot write {path}: {error}") from None
-
-
-def _shard_paths(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files of a folder in order; ValueError if there is none or one is missing."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: latents are read from one that rcm_jax.data.latents.write made")
-    found = sorted((int(m[2]), int(m[1]), path) for path in folder.iterdir() if (m := SHARD.fullmatch(path.name)))
-    if not found:
-        raise ValueError(f"{folder} has no files latents-00000-of-0000N.array_record")
-    totals = sorted({total for total, _, _ in found})
-    if len(totals) > 1:
-        raise ValueError(f"{folder} mixes latents of {' and of '.join(map(str, totals))} files: keep one set")
-    if missing := sorted(set(range(totals[0])) - {number for _, number, _ in found}):
-        shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
-        raise ValueError(f"{folder} has {len(found)} of {totals[0]} files of latents; missing: {shown}")
-    return [path for _, _, path in found]
-
-
-def _open(path) -> grain.sources.ArrayRecordDataSource:
-    try:
-        return grain.sources.ArrayRecordDataSource(str(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path} is damaged or no array_record file: {error}") from None
-
-
-def _decode(data: bytes, where) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file or record; ValueError if it is none."""
-    try:
-        found = safetensors.deserialize(data)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{where} is not in safetensors: {error}") from None
-    if bad := [f"{name} is {tensor['dtype']}" for name, tensor in found if tensor["dtype"] not in STORED_DTYPES]:
-        raise ValueError(f"{where}: {', '.join(bad)}; tensors must be {', '.join(STORED_DTYPES)}")
-    return {name: np.frombuffer(t["data"], STORED_DTYPES[t["dtype"]]).reshape(t["shape"]) for name, t in found}
-
-
-def _arrays(tensors: Mapping, where) -> dict[str, np.ndarray]:
-    """Finite arrays in row-major order: safetensors.numpy.save takes others, but stores them wrong."""
-    arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    for name, array in arrays.items():
-        if array.dtype not in STORED_DTYPES.values():
-            raise ValueError(f"{where}: {name} is {array.dtype}; tensors must be {ALLOWED}")
-        if bad := array.size - np.count_nonzero(np.isfinite(array)):
-            raise ValueError(f"{where}: {bad} of {array.size} elements of {name} are not finite")
-    return arrays
-
-
-def _spec(tensors: Mapping[str, np.ndarray]) -> Spec:
-    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-
-
-def _show(spec: Spec) -> str:
-    return ", ".join(f"{name} {dtype} {list(shape)}" for name, (dtype, shape) in sorted(spec.items())) or "nothing"
-
-
-def _check_x0(spec: Spec, where) -> None:
-    if "x0" not in spec or spec["x0"][0] == STORED_DTYPES["I32"]:
-        raise ValueError(f"{where} holds {_show(spec)}; x0 must be among them, in a float dtype")
-
-
-def _check_uncond(uncond, examples: Spec, where) -> None:
-    known = {name: kind for name, kind in examples.items() if name != "x0"}
-    spec = _spec(uncond)
-    if not spec or not spec.items() <= known.items():
-        raise ValueError(f"{where} holds {_show(spec)}, but the conditions of the examples are {_show(known)}")

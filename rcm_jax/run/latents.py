@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rcm_jax.data.dataset import Dataset, random_access
+from rcm_jax.data.dataset import Dataset, buckets_of, random_access
 
 EXAMPLES = 4
 
@@ -13,12 +13,13 @@ EXAMPLES = 4
 def fixed(dataset: Dataset, leave_out: Sequence[int] = ()) -> dict:
     """The first EXAMPLES of the held-out data, or of the others if there are none: {"x0": [k, ...], "cond": …}.
 
+    Of examples of several shapes, of that in which samples are drawn.
     leave_out: of the data that are trained on, examples that are passed over.
     """
-    examples = random_access(dataset.train if dataset.test is None else dataset.test)
+    examples = dataset.train if dataset.test is None else dataset.test
     passed = set(leave_out) if dataset.test is None else set()
-    rows = [i for i in range(min(len(examples), EXAMPLES + len(passed))) if i not in passed]
-    return examples[np.array(rows[:EXAMPLES])]
+    rows = [i for i in buckets_of(examples)[0][: EXAMPLES + len(passed)].tolist() if i not in passed]
+    return random_access(examples)[np.array(rows[:EXAMPLES])]
 
 
 def statistics(x0) -> dict[str, float]:

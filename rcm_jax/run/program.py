@@ -140,7 +140,8 @@ def assemble(run: Experiment, mesh, dataset: Dataset) -> Program:
     """ValueError, before anything is allocated, where experiment, data and mesh do not fit each other."""
     if (classes := getattr(run.model, "num_classes", None)) != dataset.num_classes:
         raise ValueError(f"config.model.num_classes is {classes}, but the data have {dataset.num_classes} classes")
-    check_network(run.model, dataset.sample_shape, mesh)
+    for shape in dataset.shapes:
+        check_network(run.model, shape, mesh)
     network, key = make_network(run, dataset.first), jax.random.key(run.seed)
     boxed, pretraining = network.boxed, None
     if run.pretrain and not run.teacher:

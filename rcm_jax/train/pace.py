@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
+import numpy as np
 from absl import logging
 
 from rcm_jax.parallel import hlo
@@ -26,8 +27,8 @@ class Pace:
     def __init__(self, programs: Mapping[str, Callable], open_trips: float, step: int):
         """programs: jitted, by name; open_trips: mean trips of their loops of unknown length; step: the first."""
         self.programs, self.open_trips = programs, open_trips
-        self.compiled: dict[str, jax.stages.Compiled] = {}
-        self.flops: dict[str, float] = {}  # of one run on one chip; nan if it cannot be read
+        self.compiled: dict[tuple, jax.stages.Compiled] = {}  # by name, and shapes of the batch
+        self.flops: dict[tuple, float] = {}  # of one run on one chip; nan if it cannot be read
         self.lost: dict[str, float] = dict.fromkeys(LOSSES, 0.0)  # seconds since the loop began
         self.first, self.began = step, time.perf_counter()
         self.phase_began = step, self.began
@@ -38,14 +39,16 @@ class Pace:
         self.work = 0.0  # products in the window, of one chip
 
     def run(self, name: str, step: int, *args):
-        """What a program makes of its arguments; it is compiled when it is first needed, as `step` is about to run."""
-        if name not in self.compiled:
+        """What a program makes of its arguments, of which the last is a batch; it is compiled when it, or that shape of
+        a batch, is first needed, as `step` is about to run."""
+        key = name, *map(np.shape, jax.tree.leaves(args[-1]))
+        if key not in self.compiled:
             with self._losing("compilation"):
-                self.compiled[name] = self.programs[name].lower(*args).compile()
-                self.flops[name] = products(self.compiled[name], self.open_trips)
+                self.compiled[key] = self.programs[name].lower(*args).compile()
+                self.flops[key] = products(self.compiled[key], self.open_trips)
             self.phase_began = step, time.perf_counter()
-        self.work += self.flops[name]
-        return self.compiled[name](*args)
+        self.work += self.flops[key]
+        return self.compiled[key](*args)
 
     @contextlib.contextmanager
     def waiting(self, state) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Latents on disk: what is written is read, to the bit; bad folders and bad examples are told."""
 
 import itertools
+import json
 import pickle
 import re
 
@@ -15,6 +16,7 @@ from rcm_jax import data
 from rcm_jax.data import LatentsConfig
 from rcm_jax.data.dataset import batches
 from rcm_jax.data.latents import write
+from rcm_jax.data.records import write_shard
 
 SHAPE = (2, 3, 4, 5)
 FOUR = 1500  # bytes: a record has some 400
@@ -93,7 +95,8 @@ def test_records_are_plain_safetensors_one_in_a_group(tmp_path):
 
 def test_shards_are_numbered_and_the_order_is_that_of_writing(tmp_path):
     folder = written(tmp_path / "set")
-    assert names(folder) == [f"latents-0000{i}-of-00003.array_record" for i in range(3)] + ["uncond.safetensors"]
+    shards = [f"latents-0000{i}-of-00003.array_record" for i in range(3)]
+    assert names(folder) == [*shards, "set.json", "uncond.safetensors"]
     assert names(tmp_path) == ["set"]
     assert load(folder).train[np.arange(10)]["cond"]["text"][:, 0, 0].astype(int).tolist() == list(range(10))
 
@@ -246,7 +249,7 @@ def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
         def __init__(self, path, options):
             self.write = self.close = lambda *_: (_ for _ in ()).throw(RuntimeError("No space left on device"))
 
-    monkeypatch.setattr("rcm_jax.data.latents.ArrayRecordWriter", Full)
+    monkeypatch.setattr("rcm_jax.data.records.ArrayRecordWriter", Full)
     with pytest.raises(OSError, match=rf"^cannot write {tmp_path}/\.set\.\w+/0: No space left on device$"):
         write(tmp_path / "set", examples(1), UNCOND)
     assert names(tmp_path) == []
@@ -300,16 +303,15 @@ def test_a_record_unlike_the_first_is_told_when_it_is_read(tmp_path):
         writer.write(safetensors.numpy.save(record))
     writer.write(b"no tensors at all")
     writer.close()
+    refused(f"{folder} is not what its set.json says: {path.name} has 3, not 4", load, folder)
+    (folder / "set.json").unlink()  # as older sets are
     source = load(folder).train
     assert source[np.array([4])]["cond"]["text"][0, 0, 0] == 4
-    message = (
-        f"{path}: record 1 (example 5) holds text bfloat16 [3, 4], x0 float32 [3]; "
-        "the first record holds text bfloat16 [3, 4], x0 bfloat16 [2, 3, 4, 5]"
-    )
+    message = f"{path}: record 1 (example 5): x0 is [3]; it should be [2, 3, 4, 5], as in its file"
     refused(message, source.__getitem__, np.array([0, 5]))
     with pytest.raises(ValueError, match=rf"^{path}: record 2 \(example 6\) is not in safetensors: "):
         source[np.array([6])]
-    with pytest.raises(ValueError, match=rf"^{path}: record . \(example .\) "):
+    with pytest.raises(ValueError, match=rf"^{path}: record . \(example .\)"):
         rows(batches(source, 4, seed=0), 3)  # from a reading thread as well
 
 
@@ -338,3 +340,74 @@ def test_configs_that_name_nothing_are_refused():
     refused("config.data.path is empty: it must name a folder of latents", data.load, LatentsConfig("", SHAPE))
     refused("shape must be the sizes of x0, [t, h, w, c], got []", LatentsConfig, "set", ())
     refused("shape must be the sizes of x0, [t, h, w, c], got [2, 0]", LatentsConfig, "set", (2, 0))
+
+
+SMALL = (2, 2, 2, 5)
+
+
+@pytest.fixture
+def two_shapes(tmp_path):
+    """Five examples, 0 to 4, of one shape and three, 5 to 7, of another, with a condition on their places."""
+    folder, kinds = tmp_path / "two", {SHAPE: range(5), SMALL: range(5, 8)}
+    folder.mkdir()
+    for i, (shape, members) in enumerate(kinds.items()):
+        wide = [example(k) | {"x0": np.full(shape, k, np.float32), "y": np.full((*shape[:3], 2), k, np.float32)}
+                for k in members]  # fmt: skip
+        write_shard(folder / f"latents-0000{i}-of-00002.array_record", map(safetensors.numpy.save, wide))
+    shards = [{"examples": len(members), "shape": shape} for shape, members in kinds.items()]
+    (folder / "set.json").write_text(json.dumps({"shards": shards}))
+    (folder / "uncond.safetensors").write_bytes(safetensors.numpy.save(UNCOND))
+    return folder
+
+
+def test_a_set_of_several_shapes_is_read_one_shape_at_a_time(two_shapes):
+    dataset = load(two_shapes, SMALL)
+    assert (dataset.sample_shape, dataset.shapes) == (SMALL, [SMALL, SHAPE])
+    assert [rows.tolist() for rows in dataset.train.buckets] == [[5, 6, 7], [0, 1, 2, 3, 4]]
+    assert dataset.train[np.array([6, 5])]["cond"]["y"].shape == (2, *SMALL[:3], 2)
+    short = load(two_shapes, (1, *SMALL[1:]))
+    assert short.shapes == [(1, *SMALL[1:]), (1, *SHAPE[1:])]
+    assert short.train[np.array([0])]["cond"]["y"].shape == (1, 1, *SHAPE[1:3], 2)
+    with pytest.raises(ValueError, match=r"x0 is \[2, 2, 2, 5\] and \[2, 3, 4, 5\] there, but the config's shape is"):
+        load(two_shapes, (2, 9, 9, 5))
+
+
+def test_every_batch_has_one_shape_and_every_example_its_turn(two_shapes):
+    source = load(two_shapes).train
+    stream = list(itertools.islice(batches(source, 2, seed=3), 40))  # ten epochs
+    seen = [batch["index"].tolist() for batch in stream]
+    assert all(len({int(row) // 5 for row in batch}) == 1 for batch in seen)
+    assert [batch["x0"][:, 0, 0, 0, 0].astype(int).tolist() for batch in stream] == seen
+    for bucket in ([0, 1, 2, 3, 4], [5, 6, 7]):
+        own = [row for batch in seen for row in batch if row in bucket]
+        for start in range(0, len(own) - len(bucket) + 1, len(bucket)):
+            assert sorted(own[start : start + len(bucket)]) == bucket  # none twice before all came once
+        assert len(own) == 10 * len(bucket)
+    turns = ["".join("ab"[batch[0] // 5] for batch in seen[i : i + 4]) for i in range(0, 40, 4)]
+    assert len(set(turns)) > 2  # of no period
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_order_of_several_shapes_goes_on_exactly_whatever_the_number_of_processes(two_shapes, parts):
+    source = load(two_shapes).train
+
+    def indices(iterator, n):
+        return [batch["index"].tolist() for batch in itertools.islice(iterator, n)]
+
+    whole = indices(batches(source, 4, seed=3), 12)
+    first = batches(source, 4, seed=3, rows=slice(0, 4 // parts))
+    assert indices(first, 5) == whole[:5]
+    other = batches(source, 4, seed=3, rows=slice(4 - 2 * parts, 4))
+    other.set_state(first.get_state())
+    rest = list(itertools.islice(other, 7))
+    assert [batch["index"].tolist() for batch in rest] == whole[5:]
+    local = [batch["x0"][:, 0, 0, 0, 0].astype(int).tolist() for batch in rest]
+    assert local == [batch[4 - 2 * parts :] for batch in whole[5:]]
+
+
+def test_an_example_left_out_gives_its_turn_to_one_of_its_shape(two_shapes):
+    source = load(two_shapes).train
+    every = {i for batch in itertools.islice(batches(source, 2, seed=0, leave_out=(4, 7)), 20) for i in batch["index"]}
+    assert every == {0, 1, 2, 3, 5, 6}
+    with pytest.raises(ValueError, match="all 3 examples of the data, or of one shape"):
+        batches(source, 2, seed=0, leave_out=(5, 6, 7))
