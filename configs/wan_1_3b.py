@@ -40,6 +40,7 @@ SAMPLING = SamplingConfig(
     teacher_shift=5.0,
     teacher_solver="unipc",
     teacher_sigma_max=5000.0,
+    data_shift=3.0,
 )
 EXPERIMENT = Experiment(
     model=revise(wan.PUBLISHED["wan-1.3b"], COMPUTED),

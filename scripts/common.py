@@ -107,3 +107,20 @@ def experiment(flag: flags.FlagHolder):
                 if not any(other == place or other.startswith(f"{place}.") for other in changed):
                     del group[key]
     return build(Experiment, values)
+
+
+def as_size(name: str, text: str | None) -> tuple[int, int] | None:
+    """(width, height) of the value of a flag; None for None."""
+    if text is None:
+        return None
+    if not (found := re.fullmatch(r"(\d+)[x×](\d+)", text)):
+        raise ValueError(f"{name}={text} must be WIDTHxHEIGHT in pixels, e.g. 832x480")
+    return int(found[1]), int(found[2])
+
+
+def read_lines(path: str) -> list[str]:
+    """The prompts in a file, one on each line; ValueError if there is none."""
+    lines = [line.strip() for line in pathlib.Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    if not any(lines):
+        raise ValueError(f"{path} holds no prompt: it must have one on a line")
+    return [line for line in lines if line]

@@ -15,7 +15,6 @@ In Python: rcm_jax.load(DIR, …)(prompts, seeds).
 import common  # noqa: I001  (puts the checkout on the path)
 import contextlib
 import pathlib
-import re
 import time
 
 import numpy as np
@@ -65,12 +64,16 @@ def main():
         seeds, out = read_seeds(), pathlib.Path(OUT.value)
         config = None if CONFIG.value is None else common.experiment(CONFIG)
         generator = rcm_jax.load(
-            CHECKPOINT.value, step=STEP.value, mode=MODE.value, config=config, size=read_size(), frames=FRAMES.value,
+            CHECKPOINT.value, step=STEP.value, mode=MODE.value, config=config,
+            size=common.as_size("--size", SIZE.value), frames=FRAMES.value,
             text_encoder=TEXT_ENCODER.value, tokenizer=TOKENIZER.value, vae=VAE.value,
         )  # fmt: skip
         check_flags(generator)
         check_names(generator, out)
-        asked = read_classes(generator.dataset.num_classes) if generator.media is None else read_prompts()
+        if generator.media is None:
+            asked = read_classes(generator.dataset.num_classes)
+        else:
+            asked = [*PROMPT.value, *(common.read_lines(PROMPTS.value) if PROMPTS.value else [])]
         wanted = generate.request(
             generator, asked, seeds, steps=STEPS.value, guidance=GUIDANCE.value, negative_prompt=NEGATIVE.value,
             batch=BATCH.value,
@@ -136,26 +139,6 @@ def read_seeds() -> list[int]:
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds={','.join(SEEDS.value)} must be one number or more, none of them twice")
     return seeds
-
-
-def read_size() -> tuple[int, int] | None:
-    """(width, height) of --size."""
-    if SIZE.value is None:
-        return None
-    if not (found := re.fullmatch(r"(\d+)[x×](\d+)", SIZE.value)):
-        raise ValueError(f"--size={SIZE.value} must be WIDTHxHEIGHT in pixels, e.g. 832x480")
-    return int(found[1]), int(found[2])
-
-
-def read_prompts() -> list[str]:
-    """The prompts of --prompt and --prompts."""
-    prompts = list(PROMPT.value)
-    if PROMPTS.value is not None:
-        lines = pathlib.Path(PROMPTS.value).read_text(encoding="utf-8-sig").splitlines()
-        prompts += [line.strip() for line in lines if line.strip()]
-        if not any(line.strip() for line in lines):
-            raise ValueError(f"{PROMPTS.value} holds no prompt: it must have one on a line")
-    return prompts
 
 
 def read_classes(num_classes: int) -> list[int]:

@@ -38,6 +38,7 @@ class SamplingConfig:
     teacher_shift: float = 1.0  # of the teacher's grid, uniform in rectified-flow time before the shift
     teacher_solver: str = "euler"
     teacher_sigma_max: float | None = None  # None: sigma_max
+    data_shift: float | None = None  # of the teacher's grid where a set is built of its samples; None: teacher_shift
     report_samples: int | None = None  # of every row of a report's table; None: as many as tell rows apart
 
     def __post_init__(self):

@@ -20,10 +20,10 @@ from rcm_jax.data.dataset import Dataset
 from rcm_jax.media import text, video
 from rcm_jax.media.picture import grid, save_png
 from rcm_jax.method.denoiser import Velocity
-from rcm_jax.models import AUTOENCODERS, TEXT_ENCODERS, check_network, network_of
+from rcm_jax.models import AUTOENCODERS, check_network, network_of
 from rcm_jax.models.records import record_of
 from rcm_jax.parallel.sharding import MeshConfig, make_mesh
-from rcm_jax.run import previews, workdir
+from rcm_jax.run import previews, texts, workdir
 from rcm_jax.run.experiment import Experiment, MediaConfig, Pretraining
 from rcm_jax.run.pixels import frames, open_weights, write
 from rcm_jax.run.program import Network, make_network, student_sampler, teacher_sampler, zeros
@@ -201,9 +201,7 @@ def request(
     encoder = open_weights(media.text_encoder, generator.path("text_encoder"))
     sentences = [*asked, _negative(media, guidance, negative_prompt)]
     zero_last = media.zero_negative and not sentences[-1]
-    sentences = [text.clean(sentence) for sentence in sentences] if media.clean_prompts else sentences
-    known = record_of(TEXT_ENCODERS, media.text_encoder).tokens(media.text_encoder)
-    tokens = text.tokenize(generator.path("tokenizer"), sentences, media.text_length, known)
+    tokens = texts.tokenize(media, generator.path("tokenizer"), sentences)
     return Request(generator, asked, seeds, steps, guidance, batch, encoder, tokens, zero_last)
 
 
@@ -213,25 +211,19 @@ def _negative(media: MediaConfig, guidance: float | None, given: str | None) -> 
         if given is not None:
             raise ValueError("--negative_prompt is for guidance, and with --guidance=1 there is none")
         return ""
-    if given is None and not media.zero_negative:
-        raise ValueError(
-            "guidance needs --negative_prompt: Wan-AI's own is sample_neg_prompt in wan/configs/shared_config.py of "
-            "Wan-Video/Wan2.1; --negative_prompt= is an empty one, which makes weaker samples"
-        )
-    return given or ""
+    return texts.negative_prompt(media, given)
 
 
 def conditions(wanted: Request) -> tuple[dict, dict]:
     """({name: [n, ...]} of what was asked for, the conditions that guidance replaces): the text encoder's work."""
     if wanted.tokens is None:
         return {"label": np.asarray(wanted.asked, np.int32)}, wanted.generator.dataset.uncond
-    config = wanted.generator.media.text_encoder
-    # Not kept here: what is on the host may go when it is on the device.
-    params = convert.from_reference(convert.name_of(config), wanted.encoder, config, dtype=config.dtype)
-    texts = text.encode(config, params, *wanted.tokens)
+    media = wanted.generator.media
+    params = texts.read_encoder(media, wanted.encoder)
+    embedded = text.encode(media.text_encoder, params, *wanted.tokens)
     if wanted.zero_last:
-        texts[-1] = 0
-    return {"text": texts[:-1]}, {"text": texts[-1]}
+        embedded[-1] = 0
+    return {"text": embedded[:-1]}, {"text": embedded[-1]}
 
 
 def make_sampling_mesh(run, shape, batch: int):

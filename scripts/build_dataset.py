@@ -1,0 +1,195 @@
+"""Build a set of latents to train on: from prompts by a teacher, from videos, or from published shards.
+
+python scripts/build_dataset.py --config=wan_1_3b.py --out=SET --prompts=FILE --teacher=wan-14b \\
+    --negative_prompt=… --text_encoder=models_t5_umt5-xxl-enc-bf16.pth --tokenizer=google/umt5-xxl --vae=Wan2.1_VAE.pth
+python scripts/build_dataset.py --config=wan_1_3b.py --out=SET --videos=FOLDER --negative_prompt=… (the same three)
+python scripts/build_dataset.py --config=wan_1_3b.py --out=SET --shards=FOLDER --negative_prompt=… (the same three)
+python scripts/build_dataset.py --out=SET --verify
+
+The same command goes on where it was ended. Several workers build one set in a folder that all of them see: give each
+its --worker, 0 to N − 1, of --workers=N. The last one to finish says that the set is whole; then --config.data.path=SET
+trains on it. SET/sheets shows some of it.
+"""
+
+import common  # noqa: I001  (puts the checkout on the path)
+
+from absl import flags
+from tqdm import tqdm
+
+from rcm_jax.build import codec, engine, texts
+from rcm_jax.build.prompts import prompts
+from rcm_jax.build.shards import shards
+from rcm_jax.build.verify import verify
+from rcm_jax.build.videos import videos
+from rcm_jax.data.latents import read_set
+from rcm_jax.run.pixels import open_weights
+from rcm_jax.run.texts import negative_prompt
+
+CONFIG = common.config_flag("The experiment that the set is for: it says what is sampled, and how text is embedded.")
+OUT = flags.DEFINE_string(
+    "out", None, "The folder of the set: new, empty, or begun by the same command.", required=True
+)
+PROMPTS = flags.DEFINE_string("prompts", None, "Samples of --teacher for a file of prompts, one on each line.")
+VIDEOS = flags.DEFINE_string("videos", None, "A folder of videos or images.")
+SHARDS = flags.DEFINE_string("shards", None, "Published shards: a folder of tars, or a pattern.")
+VERIFY = flags.DEFINE_bool("verify", False, "Read all of a finished set, and compare it with what was written.")
+# Around the network.
+TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Published weights of umT5 (Wan) or T5 (Cosmos), any layout.")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "The folder of its tokenizer.json.")
+VAE = flags.DEFINE_string("vae", None, "Published weights of the Wan2.1 autoencoder, any layout.")
+NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; its embedding is kept.")
+TILE = flags.DEFINE_integer("tile", None, "Latents a side that the autoencoder takes at once.", lower_bound=2)
+ROUND_TRIP = flags.DEFINE_bool("round_trip", None, "Decode, clamp and encode latents again: default for sampled ones.")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Of x0 on disk; as it comes if not given.")
+# The work.
+SHARD = flags.DEFINE_integer(
+    "shard", 32, "Examples in a file: what is lost, at most, when a worker ends.", lower_bound=1
+)
+WORKER = flags.DEFINE_integer("worker", 0, "Which worker this is, from 0.", lower_bound=0)
+WORKERS = flags.DEFINE_integer("workers", 1, "How many there are.", lower_bound=1)
+SKIPPED = flags.DEFINE_integer("most_skipped", 0, "So many bad items are left out; one more ends it.", lower_bound=0)
+SHEET_EVERY = flags.DEFINE_integer(
+    "sheet_every", 16, "Shards from one contact sheet to the next; 0: none.", lower_bound=0
+)
+# Of --prompts.
+TEACHER = flags.DEFINE_string("teacher", None, "A workdir of scripts/train.py or convert_checkpoint.py.")
+EACH = flags.DEFINE_integer("each", 1, "Samples of every prompt.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Of the first sample; the next has the next.", lower_bound=0)
+STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; the config's if not given.", lower_bound=1)
+GUIDANCE = flags.DEFINE_float("guidance", None, "The config's if not given.")
+BATCH = flags.DEFINE_integer("batch", 1, "Samples at once.", lower_bound=1)
+SIZE = flags.DEFINE_string("size", None, "Pixels, e.g. 832x480; the config's if not given.")
+# Of --prompts and --videos.
+FRAMES = flags.DEFINE_integer("frames", None, "Frames of pixels, 4n + 1; the config's if not given.", lower_bound=1)
+# Of --videos.
+CAPTIONS = flags.DEFINE_string("captions", None, "A .csv, .tsv or .jsonl of paths and captions; else NAME.txt beside.")
+BUCKETS = flags.DEFINE_list("buckets", [], "Sizes, e.g. 832x480,480x832: each video takes the nearest in aspect.")
+FPS = flags.DEFINE_float("fps", None, "Frames in a second; the config's if not given.", lower_bound=1e-3)
+CLIPS = flags.DEFINE_integer("clips", 1, "Clips of every video, at most, one after the other.", lower_bound=1)
+FIRST_FRAME = flags.DEFINE_bool("first_frame", False, "Add the condition y of image to video.")
+
+OF_PROMPTS = (TEACHER, EACH, SEED, STEPS, GUIDANCE, BATCH, SIZE)
+OF_VIDEOS = (CAPTIONS, BUCKETS, FPS, CLIPS, FIRST_FRAME)
+
+
+def main():
+    """Builds, or goes on building, or verifies."""
+    if VERIFY.value:
+        read_again()
+        return
+    run, kind = read_run(), read_kind()
+    round_trip = kind != "videos" if ROUND_TRIP.value is None else ROUND_TRIP.value
+    if (round_trip or kind == "videos") and not VAE.value:
+        why = "the round trip of sampled latents (--noround_trip leaves it out)" if round_trip else "--videos"
+        raise ValueError(f"{why} needs --vae: published weights of the Wan2.1 autoencoder")
+    negative = read_negative(run.media)
+    settings = {
+        "text_encoder": TEXT_ENCODER.value, "negative_prompt": negative, "round_trip": round_trip,
+        "vae": VAE.value if round_trip or kind == "videos" else None, "dtype": DTYPE.value, "tile": TILE.value,
+    }  # fmt: skip
+    plan = engine.make_plan(OUT.value, make_source(run, kind), SHARD.value, settings)
+    if not WORKER.value < WORKERS.value:
+        raise ValueError(f"--worker={WORKER.value} must be below --workers={WORKERS.value}")
+    engine.claim(plan)
+    if not plan.finished:
+        work(run.media, plan, negative, round_trip)
+    if (count := engine.close(plan)) is None:
+        left = len(plan.pending())
+        print(
+            f"{OUT.value}: {left} of {len(plan.shards)} shards are left to other workers; the last one closes the set"
+        )
+        return
+    told = read_set(plan.folder)
+    skipped = f", {len(told['skipped'])} skipped" if told["skipped"] else ""
+    shapes = sorted({tuple(shard["shape"]) for shard in told["shards"]})
+    print(f"{OUT.value}: {count} examples{skipped} of {', '.join(map(str, map(list, shapes)))}, whole")
+
+
+def work(media, plan, negative, round_trip: bool) -> None:
+    """The part of this worker: texts, then shards."""
+    pending = plan.pending(WORKER.value, WORKERS.value)
+    with tqdm(desc="texts", unit="shard", total=len(pending), dynamic_ncols=True, disable=not pending) as bar:
+        texts.embed(
+            plan, pending, media, negative, lambda: open_weights(media.text_encoder, needed(TEXT_ENCODER)),
+            lambda: needed(TOKENIZER), bar.update,
+        )  # fmt: skip
+    own = plan.shards[WORKER.value :: WORKERS.value]
+    done = sum(len(shard.places) for shard in own) - sum(len(shard.places) for shard in pending)
+    opened = codec.open_codec(media, VAE.value, TILE.value) if VAE.value and pending else None
+
+    def finish(example):
+        x0 = codec.round_trip(opened, example["x0"]) if round_trip else example["x0"]
+        return {**example, "x0": x0 if DTYPE.value is None else x0.astype(DTYPE.value)}
+
+    def made(shard, items, examples):
+        if opened and SHEET_EVERY.value and shard.number % SHEET_EVERY.value == 0:
+            codec.write_sheet(opened, plan.folder / "sheets" / f"{shard.number:05d}.png", items, examples)
+
+    with tqdm(desc="examples", unit="example", initial=done, total=sum(len(shard.places) for shard in own),
+              dynamic_ncols=True) as bar:  # fmt: skip
+        job = engine.Work(lambda shard: texts.read(plan, shard, media), finish, SKIPPED.value, bar.update, made)
+        engine.build(plan, pending, job)
+
+
+def make_source(run, kind: str):
+    """What is asked for, as a source."""
+    if kind == "prompts":
+        return prompts(
+            run, needed(TEACHER), common.read_lines(PROMPTS.value), lambda: engine.read_uncond(OUT.value),
+            each=EACH.value, seed=SEED.value, steps=STEPS.value, guidance=GUIDANCE.value,
+            size=common.as_size("--size", SIZE.value), frames=FRAMES.value, batch=BATCH.value,
+        )  # fmt: skip
+    if kind == "videos":
+        return videos(
+            run, VAE.value, VIDEOS.value, captions=CAPTIONS.value, fps=FPS.value, frames=FRAMES.value,
+            buckets=[common.as_size("--buckets", size) for size in BUCKETS.value], clips=CLIPS.value,
+            first_frame=FIRST_FRAME.value, tile=TILE.value,
+        )  # fmt: skip
+    return shards(run, SHARDS.value)
+
+
+def read_run():
+    """The experiment of --config; ValueError for one without text and pixels."""
+    if CONFIG.value is None:
+        raise ValueError("--config is needed: the experiment that the set is for, e.g. --config=wan_1_3b.py")
+    run = common.experiment(CONFIG)
+    if run.media is None:
+        raise ValueError("this config has no media: nothing says how its prompts and pixels become conditions and x0")
+    return run
+
+
+def read_kind() -> str:
+    """The one of the three sources that is asked for; ValueError for flags of another."""
+    asked = [flag.name for flag in (PROMPTS, VIDEOS, SHARDS) if flag.value]
+    if len(asked) != 1:
+        raise ValueError(f"one of --prompts, --videos and --shards is needed, got {' and '.join(asked) or 'none'}")
+    (kind,) = asked
+    unfit = {"prompts": OF_VIDEOS, "videos": OF_PROMPTS, "shards": (*OF_PROMPTS, *OF_VIDEOS, FRAMES)}[kind]
+    if wrong := [f"--{flag.name}" for flag in unfit if flag.present]:
+        raise ValueError(f"--{kind} takes no {', '.join(wrong)}")
+    return kind
+
+
+def read_negative(media) -> str | None:
+    """The negative prompt; None for zeros."""
+    given = negative_prompt(media, NEGATIVE.value)
+    return None if media.zero_negative and not given else given
+
+
+def needed(flag):
+    """The value of a flag; ValueError if it was not given, FileNotFoundError if it names nothing."""
+    if not flag.value:
+        raise ValueError(f"--{flag.name} is needed: {flag.help}")
+    return flag.value
+
+
+def read_again() -> None:
+    """Reads the whole set."""
+    total = sum(shard["examples"] for shard in read_set(OUT.value)["shards"])
+    with tqdm(desc="verifying", unit="example", total=total, dynamic_ncols=True) as bar:
+        count = verify(OUT.value, bar.update)
+    print(f"{OUT.value}: {count} examples, all as they were written")
+
+
+if __name__ == "__main__":
+    common.run(main)
