@@ -91,7 +91,7 @@ def found_config(argument: str) -> str:
 def experiment(flag: flags.FlagHolder):
     """The Experiment of --config with the overrides of the command line; ValueError that names a bad key.
 
-    A group whose kind is changed keeps nothing of what the other kind had.
+    A group whose kind is changed keeps nothing of what the other kind had, but that synthetic data keep their shape.
     """
     from rcm_jax.run.experiment import Experiment  # after the script has set what JAX reads when it is imported
     from rcm_jax.util.config import build
@@ -102,7 +102,8 @@ def experiment(flag: flags.FlagHolder):
         if path.endswith(".kind"):
             groups = path.split(".")[:-1]
             group = functools.reduce(dict.__getitem__, groups, values)
-            for key in list(group):
+            kept = {"shape"} if groups == ["data"] and group["kind"] == "synthetic" else set()
+            for key in set(group) - kept:
                 place = ".".join([*groups, key])
                 if not any(other == place or other.startswith(f"{place}.") for other in changed):
                     del group[key]

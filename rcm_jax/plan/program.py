@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from rcm_jax import data
 from rcm_jax.data import LatentsConfig
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.kernels import pallas_tpu, triton  # pyright: ignore[reportAttributeAccessIssue]
@@ -19,7 +18,7 @@ from rcm_jax.kernels.implementations import KERNELS  # pyright: ignore[reportMis
 from rcm_jax.parallel.chips import Chip
 from rcm_jax.parallel.sharding import HOST, has_host_memory, make_mesh
 from rcm_jax.run.experiment import Experiment
-from rcm_jax.run.program import Program, assemble, make_network, zeros
+from rcm_jax.run.program import Program, assemble, load_data, make_network, zeros
 from rcm_jax.util.config import revise
 from rcm_jax.util.extras import installed
 
@@ -94,7 +93,7 @@ def _with(run: Experiment, attention: str) -> Experiment:
 
 def _dataset(run: Experiment) -> Dataset:
     """Latents: one example of zeros in the shapes that the config says. Data that come with the code: themselves."""
-    return zeros(run, run.data.shape) if isinstance(run.data, LatentsConfig) else data.load(run.data)
+    return zeros(run, run.data.shape) if isinstance(run.data, LatentsConfig) else load_data(run)
 
 
 def _calls(program: Program) -> tuple[dict, int]:

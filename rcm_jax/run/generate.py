@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save as to_safetensors
 
-from rcm_jax import convert, data
+from rcm_jax import convert
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.media import text, video
 from rcm_jax.media.picture import grid, save_png
@@ -26,7 +26,7 @@ from rcm_jax.parallel.sharding import MeshConfig, make_mesh
 from rcm_jax.run import previews, texts, workdir
 from rcm_jax.run.experiment import Experiment, MediaConfig, Pretraining
 from rcm_jax.run.pixels import frames, open_weights, write
-from rcm_jax.run.program import Network, make_network, student_sampler, teacher_sampler, zeros
+from rcm_jax.run.program import Network, load_data, make_network, student_sampler, teacher_sampler, zeros
 from rcm_jax.train import checkpoint, trainer
 from rcm_jax.util.files import write_whole
 
@@ -120,7 +120,7 @@ def load(
     if hasattr(run.model, "num_classes") and isinstance(run, Pretraining):
         if size or frames or files:
             raise ValueError(f"{folder} samples from classes: it takes no sizes of pixels and no weights around it")
-        dataset = data.load(run.data)
+        dataset = load_data(run)
     else:
         dataset = prompts_dataset(run, size, frames)
     return Generator(pathlib.Path(folder), step, known == "teacher", run, dataset, files)

@@ -3,6 +3,7 @@
 Nothing is allocated here. What the data are is asked of a Dataset: the real one, or one of zeros in its shapes.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rcm_jax import data
+from rcm_jax.data import SyntheticConfig
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.kernels.choice import in_words, settle  # pyright: ignore[reportMissingImports]
 from rcm_jax.method import denoiser, samplers
@@ -74,6 +77,18 @@ def zeros(config: Predictor, shape, **conditions) -> Dataset:
     uncond = {name: one["cond"][name] for name in ("text", "label") if name in one["cond"]}
     classes = getattr(config.model, "num_classes", None)
     return Dataset(jax.tree.map(lambda x: x[None], one), None, uncond, classes, view="video")
+
+
+def load_data(run: Any) -> Dataset:
+    """The data of an Experiment or Pretraining; synthetic ones that name no conditions have those of its network."""
+    config = run.data
+    if isinstance(config, SyntheticConfig) and not config.conditions:
+        known = {n: leaf.shape for n, leaf in network_of(run.model).conditions(run.model, config.shape).items()}
+        if (media := getattr(run, "media", None)) is not None:
+            known["text"] = (media.text_length, media.text_width)
+        classes = getattr(run.model, "num_classes", None)
+        config = dataclasses.replace(config, conditions=tuple(known.items()), num_classes=classes)
+    return data.load(config)
 
 
 class Program(NamedTuple):
