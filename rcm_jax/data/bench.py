@@ -51,8 +51,8 @@ def measure(path, shape, batch: int, count: int) -> str:
         pass
     rate = batch * count / (time.perf_counter() - started)
     return (
-        f"{len(dataset.train)} examples of {size / 1e6:.1f} MB, batches of {batch}: {rate:.1f} examples/s, "
-        f"{rate * size / 1e6:.0f} MB/s; memory grew by {peak() - before:.2f} GiB, a batch has {batch * size / 2**30:.2f}"
+        f"{len(dataset.train)} examples of {size / 1e6:.1f} MB, batches of {batch} ({batch * size / 2**30:.2f} GiB): "
+        f"{rate:.1f} examples/s, {rate * size / 1e6:.0f} MB/s; memory grew by {peak() - before:.2f} GiB"
     )
 
 
