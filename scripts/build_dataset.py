@@ -16,14 +16,14 @@ import common  # noqa: I001  (puts the checkout on the path)
 from absl import flags
 from tqdm import tqdm
 
-from rcm_jax.build import codec, engine, texts
+from rcm_jax.build import codec, embeddings, engine
 from rcm_jax.build.prompts import prompts
 from rcm_jax.build.shards import shards
 from rcm_jax.build.verify import verify
 from rcm_jax.build.videos import videos
 from rcm_jax.data.latents import read_set
+from rcm_jax.run import texts
 from rcm_jax.run.pixels import open_weights
-from rcm_jax.run.texts import negative_prompt
 
 CONFIG = common.config_flag("The experiment that the set is for: it says what is sampled, and how text is embedded.")
 OUT = flags.DEFINE_string(
@@ -90,9 +90,10 @@ def main():
     plan = engine.make_plan(OUT.value, make_source(run, kind), SHARD.value, settings)
     if not WORKER.value < WORKERS.value:
         raise ValueError(f"--worker={WORKER.value} must be below --workers={WORKERS.value}")
+    encoder = check_files(run.media, negative)
     engine.claim(plan)
     if not plan.finished:
-        work(run.media, plan, negative, round_trip)
+        work(run.media, plan, negative, encoder, round_trip)
     if (count := engine.close(plan)) is None:
         left = len(plan.pending())
         print(
@@ -105,16 +106,21 @@ def main():
     print(f"{OUT.value}: {count} examples{skipped} of {', '.join(map(str, map(list, shapes)))}, whole")
 
 
-def work(media, plan, negative, round_trip: bool) -> None:
+def check_files(media, negative: str | None) -> dict:
+    """The tensors of the text encoder, not read yet; ValueError or OSError unless all files fit the config."""
+    texts.tokenize(media, needed(TOKENIZER), [negative or ""])
+    if VAE.value:
+        open_weights(media.vae, VAE.value)
+    return open_weights(media.text_encoder, needed(TEXT_ENCODER))
+
+
+def work(media, plan, negative: str | None, encoder: dict, round_trip: bool) -> None:
     """The part of this worker: texts, then shards."""
     pending = plan.pending(WORKER.value, WORKERS.value)
     with tqdm(desc="texts", unit="shard", total=len(pending), dynamic_ncols=True, disable=not pending) as bar:
-        texts.embed(
-            plan, pending, media, negative, lambda: open_weights(media.text_encoder, needed(TEXT_ENCODER)),
-            lambda: needed(TOKENIZER), bar.update,
-        )  # fmt: skip
+        embeddings.embed(plan, pending, media, negative, encoder, TOKENIZER.value, bar.update)
     own = plan.shards[WORKER.value :: WORKERS.value]
-    done = sum(len(shard.places) for shard in own) - sum(len(shard.places) for shard in pending)
+    total, left = (sum(len(shard.places) for shard in some) for some in (own, pending))
     opened = codec.open_codec(media, VAE.value, TILE.value) if VAE.value and pending else None
 
     def finish(example):
@@ -125,9 +131,8 @@ def work(media, plan, negative, round_trip: bool) -> None:
         if opened and SHEET_EVERY.value and shard.number % SHEET_EVERY.value == 0:
             codec.write_sheet(opened, plan.folder / "sheets" / f"{shard.number:05d}.png", items, examples)
 
-    with tqdm(desc="examples", unit="example", initial=done, total=sum(len(shard.places) for shard in own),
-              dynamic_ncols=True) as bar:  # fmt: skip
-        job = engine.Work(lambda shard: texts.read(plan, shard, media), finish, SKIPPED.value, bar.update, made)
+    with tqdm(desc="examples", unit="example", initial=total - left, total=total, dynamic_ncols=True) as bar:
+        job = engine.Work(lambda shard: embeddings.read(plan, shard, media), finish, SKIPPED.value, bar.update, made)
         engine.build(plan, pending, job)
 
 
@@ -172,14 +177,14 @@ def read_kind() -> str:
 
 def read_negative(media) -> str | None:
     """The negative prompt; None for zeros."""
-    given = negative_prompt(media, NEGATIVE.value)
+    given = texts.negative_prompt(media, NEGATIVE.value)
     return None if media.zero_negative and not given else given
 
 
-def needed(flag):
-    """The value of a flag; ValueError if it was not given, FileNotFoundError if it names nothing."""
+def needed(flag) -> str:
+    """The value of a flag; ValueError if it was not given."""
     if not flag.value:
-        raise ValueError(f"--{flag.name} is needed: {flag.help}")
+        raise ValueError(f"--{flag.name} is needed: {flags.FLAGS[flag.name].help}")
     return flag.value
 
 

@@ -4,7 +4,7 @@ Each prompt of a shard is embedded once and kept without its padding, in texts/0
 made. uncond.safetensors and empty.safetensors, the embeddings of the negative and of the empty prompt, stay.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -20,13 +20,13 @@ EMPTY = "empty.safetensors"
 
 
 def embed(
-    plan: Plan, shards: Sequence[Shard], media: MediaConfig, negative: str | None, open_encoder: Callable[[], dict],
-    tokenizer: Callable, tick: Callable[[], object] = lambda: None,
+    plan: Plan, shards: Sequence[Shard], media: MediaConfig, negative: str | None, encoder: Mapping, tokenizer,
+    tick: Callable[[], object] = lambda: None,
 ) -> None:  # fmt: skip
     """Writes what is not there of the embeddings that those shards need.
 
-    negative: the negative prompt; None for zeros. open_encoder() and tokenizer() give the tensors of the encoder and
-    the tokenizer's folder, and are called only if something is to be embedded. tick is called for every shard.
+    negative: the negative prompt; None for zeros. encoder: its tensors, which are read only if something is to be
+    embedded; tokenizer: its folder. tick is called for every shard.
     """
     wanted = {UNCOND: negative, EMPTY: ""}
     singles = {name: prompt for name, prompt in wanted.items() if not (plan.folder / name).exists()}
@@ -35,13 +35,10 @@ def embed(
         _write(plan.folder / UNCOND, {"text": zeros(media)})
     if not singles and not pending:
         return
-    folder = tokenizer()
-    for shard in pending:  # all are looked at before one is embedded
-        texts.tokenize(media, folder, _prompts(plan, shard))
-    params = texts.read_encoder(media, open_encoder())
+    params = texts.read_encoder(media, encoder)
 
     def lengths_and_rows(prompts):
-        ids, mask = texts.tokenize(media, folder, prompts)
+        ids, mask = texts.tokenize(media, tokenizer, prompts)
         return mask.sum(axis=1), text.encode(media.text_encoder, params, ids, mask)
 
     for name, prompt in singles.items():

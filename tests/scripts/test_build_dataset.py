@@ -1,0 +1,140 @@
+"""From prompts to a set that is trained on, with tiny random weights in the layouts of published files."""
+
+import json
+
+import imageio.v3 as imageio
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from configs import wan_1_3b
+from rcm_jax import convert, data
+from rcm_jax.convert.files import write_tensors
+from rcm_jax.data import LatentsConfig, records
+from rcm_jax.data.latents import shard_paths
+from rcm_jax.media import vae
+from rcm_jax.models import t5, wan_vae
+from rcm_jax.run import workdir
+from rcm_jax.run.experiment import Predictor
+from tests import tiny, wan
+from tests.media.test_text import WORDS, write_tokenizer
+from tests.scripts.conftest import assert_refused, snapshot
+
+WAN = wan_1_3b.tiny(wan_1_3b.EXPERIMENT)
+CONFIG = "--config=wan_1_3b.py:tiny"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder with a teacher, and the files around a network as they are published."""
+    folder, media = tmp_path_factory.mktemp("published"), WAN.media
+    write_tokenizer(folder / "tokenizer", WORDS)
+    for name, init, config in (("umt5", t5.init, media.text_encoder), ("wan_vae", wan_vae.init, media.vae)):
+        params = jax.tree.map(np.asarray, tiny.random_params(init, config))
+        write_tensors(folder / name, convert.to_reference(name, params, config, "official"))
+    workdir.write_converted(folder / "teacher", Predictor(WAN.model), jax.tree.map(np.asarray, wan.random_params()))
+    (folder / "prompts.txt").write_text("a cat sits\na cat\na cat\n")
+    return folder
+
+
+def around(folder):
+    return [f"--text_encoder={folder / 'umt5'}", f"--tokenizer={folder / 'tokenizer'}", f"--vae={folder / 'wan_vae'}"]
+
+
+def of_prompts(folder, out):
+    return [
+        CONFIG, f"--out={out}", f"--prompts={folder / 'prompts.txt'}", f"--teacher={folder / 'teacher'}", "--each=2",
+        "--steps=2", "--negative_prompt=sits", "--seed=5", *around(folder),
+    ]  # fmt: skip
+
+
+def content(folder) -> list[bytes]:
+    return [record for path in shard_paths(folder) for record in records.open_shard(path)]
+
+
+def test_prompts_become_a_set_that_is_trained_on(run_script, published, tmp_path):
+    folder = tmp_path / "set"
+    flags = [*of_prompts(published, folder), "--shard=4"]
+    process = run_script("build_dataset", *flags, "--workers=2", "--worker=1")
+    assert process.returncode == 0, process.stderr
+    assert "1 of 2 shards are left to other workers" in process.stdout
+    process = run_script("build_dataset", *flags, "--workers=2", "--worker=0", "--sheet_every=1")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == f"{folder}: 6 examples of [2, 4, 6, 4], whole\n"
+    names = {path.name for path in folder.iterdir()}
+    assert {"set.json", "examples.jsonl", "uncond.safetensors", "empty.safetensors", "sheets"} <= names
+    assert not {"parts", "texts"} & names
+    assert imageio.imread(folder / "sheets/00000.png").shape[2] == 3
+    process = run_script("build_dataset", f"--out={folder}", "--verify")
+    assert process.stdout == f"{folder}: 6 examples, all as they were written\n", process.stderr
+    process = run_script("build_dataset", *of_prompts(published, tmp_path / "other"), "--shard=4", "--batch=3")
+    assert process.returncode == 0, process.stderr
+    x0 = [
+        data.load(LatentsConfig(str(path), WAN.data.shape)).train[np.arange(6)] for path in (folder, tmp_path / "other")
+    ]
+    assert tiny.relative(x0[1]["x0"], x0[0]["x0"]) < 1e-2  # bfloat16, in another program
+
+    lines = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
+    assert [(line["key"], line["prompt"], line["seed"]) for line in lines[:3]] == [
+        ("prompt 0, seed 5", "a cat sits", 5), ("prompt 0, seed 6", "a cat sits", 6), ("prompt 1, seed 7", "a cat", 7)
+    ]  # fmt: skip
+    out = tmp_path / "x.safetensors"
+    process = run_script(
+        "sample", f"--checkpoint={published / 'teacher'}", "--mode=teacher", CONFIG, "--prompt=a cat", "--seeds=8",
+        "--steps=2", "--negative_prompt=sits", "--config.sampling.teacher_shift=3", f"--out={out}", *around(published),
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    params, config = tiny.random_params(wan_vae.init, WAN.media.vae), WAN.media.vae
+    pixels = vae.decode(config, params, load_file(out)["x0"][None])
+    expected = vae.encode(config, params, np.clip(pixels, -1, 1))[0]
+    assert tiny.relative(x0[0]["x0"][3], expected) < 2e-2
+
+    process = run_script(
+        "train", CONFIG, f"--workdir={tmp_path / 'run'}", f"--config.teacher={published / 'teacher'}",
+        f"--config.data.path={folder}", "--config.train.steps=5",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+
+
+def test_the_same_command_goes_on_and_another_is_refused(run_script, published, tmp_path):
+    folder = tmp_path / "set"
+    flags = [*of_prompts(published, folder), "--shard=2", "--noround_trip", "--dtype=bfloat16", "--sheet_every=0"]
+    process = run_script("build_dataset", *flags, "--workers=3")
+    assert process.returncode == 0, process.stderr
+    before = snapshot(folder)
+    assert_refused(run_script("build_dataset", *flags, "--guidance=3"), "guidance: 5.0 there, 3.0 here", "--out")
+    assert_refused(run_script("build_dataset", *flags[:-1], "--round_trip"), "round_trip: False there, True here")
+    assert snapshot(folder) == before
+    assert run_script("build_dataset", *flags).returncode == 0
+    assert {name: snapshot(folder)[name] for name in before if "latents" in name}.items() <= snapshot(folder).items()
+    example = records.decode(content(folder)[0], "it")
+    assert example["x0"].dtype == example["text"].dtype == records.STORED_DTYPES["BF16"]
+    process = run_script("build_dataset", *flags)
+    assert process.stdout == f"{folder}: 6 examples of [2, 4, 6, 4], whole\n"
+
+
+def test_what_cannot_be_built_is_refused_before_anything_is_written(run_script, published, tmp_path):
+    flags, out = of_prompts(published, tmp_path / "set"), f"--out={tmp_path / 'set'}"
+
+    def refused(words, *arguments):
+        assert_refused(run_script("build_dataset", *arguments), words)
+        assert not (tmp_path / "set").exists()
+
+    refused("--config is needed", *flags[1:])
+    refused("one of --prompts, --videos and --shards is needed, got none", CONFIG, out)
+    refused("got prompts and videos", *flags, "--videos=x")
+    refused("--prompts takes no --fps, --clips", *flags, "--fps=8", "--clips=2")
+    refused("--worker=2 must be below --workers=2", *flags, "--worker=2", "--workers=2")
+    refused("needs --vae", *flags[:-1])
+    refused("guidance needs --negative_prompt", *(flag for flag in flags if "negative" not in flag))
+    refused("--teacher is needed", *(flag for flag in flags if "--teacher" not in flag))
+    refused("this config has no media", "--config=digits.py", *flags[1:])
+    refused("width 40 must be a multiple of 16", *flags, "--size=40x32")
+    (tmp_path / "empty.txt").write_text("\n")
+    refused("empty.txt holds no prompt", *flags, f"--prompts={tmp_path / 'empty.txt'}")
+    refused("no such file", *flags, f"--text_encoder={tmp_path / 'none'}")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes").write_text("mine")
+    refused("is there and not an empty folder", *flags, f"--out={tmp_path / 'full'}")
+    assert snapshot(tmp_path / "full") == {"notes": b"mine"}
