@@ -3,7 +3,7 @@
 python scripts/convert_checkpoint.py --model=wan-14b --src=Wan2.1-T2V-14B --dst=wan-14b
 python scripts/train.py --config=wan_14b.py --config.teacher=wan-14b --config.data.path=LATENTS --workdir=DIR
 
-LATENTS is a folder as rcm_jax.data.latents.write makes it. The paper trains 10,000 iterations at a global batch of 64
+LATENTS is a set as scripts/build_dataset.py makes it. The paper trains 10,000 iterations at a global batch of 64
 and reports VBench 84.9 with 4 steps (teacher: 83.6); this file has not been run at full size. `:tiny` and
 machines as in configs/wan_1_3b.py.
 """

@@ -3,7 +3,7 @@
 python scripts/convert_checkpoint.py --model=wan-1.3b --src=…/diffusion_pytorch_model.safetensors --dst=wan-1.3b
 python scripts/train.py --config=wan_1_3b.py --config.teacher=wan-1.3b --config.data.path=LATENTS --workdir=DIR
 
-LATENTS is a folder as rcm_jax.data.latents.write makes it. The paper trains 10,000 iterations at a global batch of 256
+LATENTS is a set as scripts/build_dataset.py makes it. The paper trains 10,000 iterations at a global batch of 256
 and reports VBench 84.4 with 4 steps (teacher: 83.0); this file has not been run at full size. `:tiny` after its name is
 the same method with hardly any width, for x0 of shape [2, 4, 6, 4] and text of shape [6, 8]; `:8gpu` and `:v6e-8`
 cut it to fit one machine (configs/machines.py).
