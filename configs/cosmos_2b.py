@@ -4,7 +4,7 @@ python scripts/convert_checkpoint.py --model=cosmos-2b --src=model.pt --dst=cosm
 python scripts/train.py --config=cosmos_2b.py --config.teacher=cosmos-2b --config.data.path=LATENTS \\
     --workdir=DIR
 
-LATENTS is a folder as rcm_jax.data.latents.write makes it, of x0 [1, 96, 170, 16] and text [512, 1024] (T5-11B).
+LATENTS is a set as scripts/build_dataset.py makes it, of x0 [1, 96, 170, 16] and text [512, 1024] (T5-11B).
 Another resolution is another data.shape, [1, height/8, width/8, 16], both even and at most 240. The teacher was trained
 on buckets of width × height 1024×1024, 1168×880, 880×1168, 1360×768 and 768×1360; a run here has one shape. The paper
 trains 30,000 iterations at a global batch of 512 and reports GenEval 0.81 with 4 steps (teacher: 0.83); this file has

@@ -14,9 +14,11 @@ import numpy as np
 
 from rcm_jax.build import engine
 from rcm_jax.build.source import Item, Source
+from rcm_jax.data import records
 
 SHAPES = ((1, 2, 3, 4), (2, 2, 2, 4))
 COUNT = 60
+NOTHING = np.zeros((1, 1), np.float32)
 
 
 def items(count: int = COUNT) -> list[Item]:
@@ -47,13 +49,13 @@ def texts(plan: engine.Plan):
     return lambda shard: np.array([[[float(item.prompt.split()[1])]] for item in plan.items(shard)], np.float32)
 
 
-def build(folder, source: Source, worker: int = 0, workers: int = 1, shard: int = 8, **work) -> int | None:
+def build(folder, source: Source, worker=0, workers=1, shard=8, uncond=NOTHING, **work) -> int | None:
     """As the script does it; how many examples there are when it is whole."""
     plan = engine.make_plan(folder, source, shard, {"round_trip": False})
     engine.claim(plan)
     if not plan.finished:
-        (plan.folder / "uncond.safetensors").write_bytes(engine.records.encode({"text": np.zeros((1, 1), np.float32)}))
-        job = engine.Work(texts(plan), lambda example: example, **work)
+        (plan.folder / "uncond.safetensors").write_bytes(records.encode({"text": uncond}))
+        job = engine.Work((lambda shard: None) if source.brings_text else texts(plan), lambda example: example, **work)
         engine.build(plan, plan.pending(worker, workers), job)
     return engine.close(plan)
 
