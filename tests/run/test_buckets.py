@@ -55,6 +55,8 @@ def test_a_run_on_two_shapes_has_a_program_for_each_and_goes_on_exactly(given, t
             pipeline.train(run, tmp_path / "parts")
     pipeline.train(revise(run, {"mesh": MeshConfig(1, 2, 4)}), tmp_path / "parts")
     assert [shape for _, shape, _ in seen[12:]] == shapes
-    learned = ([row for row in read_metrics(tmp_path / name) if "preview/std" not in row] for name in ("parts", "whole"))
+    learned = (
+        [row for row in read_metrics(tmp_path / name) if "preview/std" not in row] for name in ("parts", "whole")
+    )
     for row, other in zip(*learned, strict=True):
         assert row == pytest.approx(other, rel=1e-4, abs=1e-6)  # summed over two parts at last, not four
