@@ -139,9 +139,9 @@ def open_torch_file(path: str | os.PathLike) -> dict[str, LazyTensor]:
     Reads the pickle and the zip's directory; a tensor's bytes are read when it is. Raises ValueError for other formats,
     for damaged files, and for anything in the pickle that is neither data nor a tensor (nothing of it is executed).
     """
-    path = as_path(path)
-    with path.open("rb") as opened:
-        file = _File(str(path), opened.seek(0, os.SEEK_END), lambda: path.open("rb"))
+    place = as_path(path)
+    with place.open("rb") as opened:
+        file = _File(str(path), opened.seek(0, os.SEEK_END), lambda: place.open("rb"))
     return {name: _lazy(file, name, view) for name, view in _flatten(file, _content(file)).items()}
 
 

@@ -48,10 +48,10 @@ def list_files(folder: str | os.PathLike) -> list[str]:
 
     ValueError if it is no folder or there are none.
     """
-    folder = as_path(folder)
-    if not folder.is_dir():
+    place = as_path(folder)
+    if not place.is_dir():
         raise ValueError(f"{folder} is no folder: videos and images are read from one")
-    names = [name for name in _names(folder) if name.lower().endswith(VIDEOS + IMAGES)]
+    names = [name for name in _names(place) if name.lower().endswith(VIDEOS + IMAGES)]
     if not names:
         raise ValueError(f"{folder} has no video or image: they end in {' '.join(VIDEOS + IMAGES)}")
     return names
@@ -64,14 +64,16 @@ def probe(path: str | os.PathLike) -> Footage:
     """
     if _is_image(path):
         with _open_image(path) as image:
-            turned = image.getexif().get(ORIENTATION, 1) >= TURNED
-            return Footage(*(image.size[::-1] if turned else image.size), None)
-    with _open_video(path) as (file, stream):
-        frame = next(file.decode(stream), None)
-        if frame is None:
-            raise ValueError(f"{path} has no frame that decodes: {REPAIR}")
-        width, height = round(frame.width * _pixel_aspect(stream)), frame.height
-        return Footage(*((height, width) if _quarters(frame) % 2 else (width, height)), _seconds(file, stream))
+            width, height = image.size
+            turned, seconds = image.getexif().get(ORIENTATION, 1) >= TURNED, None
+    else:
+        with _open_video(path) as (file, stream):
+            frame = next(file.decode(stream), None)
+            if frame is None:
+                raise ValueError(f"{path} has no frame that decodes: {REPAIR}")
+            width, height = round(frame.width * _pixel_aspect(stream)), frame.height
+            turned, seconds = _quarters(frame) % 2, _seconds(file, stream)
+    return Footage(height, width, seconds) if turned else Footage(width, height, seconds)
 
 
 def read_clip(path: str | os.PathLike, start: float, frames: int, fps: float, size: tuple[int, int]) -> np.ndarray:
@@ -125,16 +127,16 @@ def read_captions(folder: str | os.PathLike, names: Sequence[str], table: str | 
     Raises:
       ValueError: a file without caption or with an empty one, a caption without file, a file named twice.
     """
-    folder = as_path(folder)
+    place = as_path(folder)
     if table is None:
         places = {name: str(pathlib.PurePosixPath(name).with_suffix(".txt")) for name in names}
-        there = {name for name in _names(folder) if name.endswith(".txt")}
+        there = {name for name in _names(place) if name.endswith(".txt")}
         _refuse(f"{folder}: captions that belong to no video or image", sorted(there - set(places.values())))
         _refuse(f"{folder}: no caption (a .txt beside it) for", [n for n in names if places[n] not in there])
         with futures.ThreadPoolExecutor(THREADS) as pool:
-            captions = dict(zip(names, pool.map(lambda name: _text(folder / places[name]), names), strict=True))
+            captions = dict(zip(names, pool.map(lambda name: _text(place / places[name]), names), strict=True))
     else:
-        rows = [(_inside(folder, file), caption) for file, caption in _rows(as_path(table))]
+        rows = [(_inside(place, file), caption) for file, caption in _rows(as_path(table))]
         captions, known = dict(rows), set(names)
         if len(captions) < len(rows):
             seen: set[str] = set()
@@ -180,11 +182,11 @@ def _rows(table) -> Iterator[tuple[str, str]]:
     else:
         raise ValueError(f"{table} is no table of captions by its name: it must end in .csv, .tsv or .jsonl")
     for i, row in enumerate(rows, 1):
-        found = [next((row[name] for name in names if name in row), None) for names in COLUMNS.values()]
-        if not found[0] or not all(isinstance(value, str) for value in found):
+        file, caption = (next((row[name] for name in names if name in row), None) for names in COLUMNS.values())
+        if not isinstance(file, str) or not isinstance(caption, str) or not file:
             wanted = " and one of ".join(", ".join(names) for names in COLUMNS.values())
             raise ValueError(f"{table}, row {i} has {', '.join(map(str, row))}; it must have text in one of {wanted}")
-        yield found[0], found[1]
+        yield file, caption
 
 
 def _json(line: str, where: str) -> dict:
@@ -232,7 +234,8 @@ def _cover(image: Image.Image, size: tuple[int, int], aspect: float) -> Image.Im
 def _picture(frame, size: tuple[int, int], aspect: float) -> np.ndarray:
     """A frame of a video, uint8 [height, width, 3]."""
     quarters = _quarters(frame)
-    image = _cover(frame.to_image(), size[::-1] if quarters % 2 else size, aspect)
+    width, height = size
+    image = _cover(frame.to_image(), (height, width) if quarters % 2 else size, aspect)
     return np.rot90(np.asarray(image), quarters)
 
 
