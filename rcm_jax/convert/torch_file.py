@@ -10,7 +10,6 @@ import functools
 import io
 import math
 import os
-import pathlib
 import pickle
 import pickletools
 import sys
@@ -21,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from rcm_jax.convert.lazy import LazyTensor
+from rcm_jax.util.files import as_path
 
 STORAGES = {
     "FloatStorage": np.dtype("float32"),
@@ -35,6 +35,17 @@ STORAGES = {
     "BoolStorage": np.dtype("bool"),
 }
 WAY_OUT = "load it with torch where you trust it and save only its state dict, or use the safetensors release"
+
+
+class _File(typing.NamedTuple):
+    """What is read: its name in errors, its bytes, and what opens it."""
+
+    name: str
+    size: int
+    open: typing.Callable[[], typing.BinaryIO]
+
+    def __str__(self):
+        return self.name
 
 
 class _Storage(typing.NamedTuple):
@@ -128,24 +139,42 @@ def open_torch_file(path: str | os.PathLike) -> dict[str, LazyTensor]:
     Reads the pickle and the zip's directory; a tensor's bytes are read when it is. Raises ValueError for other formats,
     for damaged files, and for anything in the pickle that is neither data nor a tensor (nothing of it is executed).
     """
-    path = pathlib.Path(path)
+    place = as_path(path)
+    with place.open("rb") as opened:
+        file = _File(str(path), opened.seek(0, os.SEEK_END), lambda: place.open("rb"))
+    return {name: _lazy(file, name, view) for name, view in _flatten(file, _content(file)).items()}
+
+
+def read_torch_tensor(data: bytes, name: str) -> np.ndarray:
+    """The tensor of a .pth/.pt file that is one tensor and no dict, from the file's bytes; name: its name in errors.
+
+    Raises ValueError as open_torch_file does, and for a file with anything else in it.
+    """
+    file = _File(name, len(data), lambda: io.BytesIO(data))
+    content = _content(file)
+    if not isinstance(content, _View):
+        raise ValueError(f"{name} holds {type(content).__name__.strip('_').lower()}, not one tensor by itself")
+    return np.asarray(_lazy(file, "the tensor", content))
+
+
+def _content(file: _File) -> typing.Any:
+    """What the pickle makes, with views in the place of tensors."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with file.open() as opened, zipfile.ZipFile(opened) as archive:
             root = _root(archive)
-            find_entry = functools.partial(_entry, archive, path.stat().st_size, root)
+            find_entry = functools.partial(_entry, archive, file.size, root)
             if f"{root}/byteorder" in archive.namelist() and archive.read(find_entry("byteorder")) != b"little":
                 raise ValueError("it was written on a big-endian machine")
             data = archive.read(find_entry("data.pkl"))
     except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
-        raise ValueError(f"{path} ({path.stat().st_size} bytes) cannot be read: {_why(path, error)}") from None
+        raise ValueError(f"{file} ({file.size} bytes) cannot be read: {_why(file, error)}") from None
     try:
         _check_opcodes(data)
-        content = _Unpickler(data, find_entry).load()
+        return _Unpickler(data, find_entry).load()
     except Exception as error:  # a hostile pickle can raise anything
         raise ValueError(
-            f"{path} is no plain state dict: {type(error).__name__}: {error}. Nothing in it was executed; {WAY_OUT}"
+            f"{file} is no plain state dict: {type(error).__name__}: {error}. Nothing in it was executed; {WAY_OUT}"
         ) from None
-    return {name: _lazy(path, name, view) for name, view in _flatten(path, content).items()}
 
 
 def _root(archive):
@@ -168,9 +197,9 @@ def _entry(archive, file_size, root, name):
     return entry
 
 
-def _why(path, error):
-    with path.open("rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
+def _why(file, error):
+    with file.open() as opened:
+        is_zip = opened.read(4) == b"PK\x03\x04"
     if not isinstance(error, zipfile.BadZipFile):
         return f"{error}; {WAY_OUT}"
     if is_zip:
@@ -187,10 +216,10 @@ def _check_opcodes(data):
             raise pickle.UnpicklingError(f"it has {len(data)} bytes and wants to memorise item {argument}")
 
 
-def _flatten(path, content):
+def _flatten(file, content):
     """{dotted name: view} in order, without recursion: depth and sharing are the file's choice."""
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no dict of tensors; {WAY_OUT}")
+        raise ValueError(f"{file} holds no dict of tensors; {WAY_OUT}")
     views, seen = {}, set()
     stack: list[tuple[str, dict | _View]] = [("", content)]
     while stack:
@@ -198,53 +227,53 @@ def _flatten(path, content):
         if isinstance(item, _View):
             name = prefix[1:]
             if name in views:
-                raise ValueError(f"{path} holds two tensors named {name!r:.200}; {WAY_OUT}")
+                raise ValueError(f"{file} holds two tensors named {name!r:.200}; {WAY_OUT}")
             views[name] = item
         elif id(item) in seen:
-            raise ValueError(f"{path} holds {prefix[1:]!r:.200} a second time; {WAY_OUT}")
+            raise ValueError(f"{file} holds {prefix[1:]!r:.200} a second time; {WAY_OUT}")
         else:
             seen.add(id(item))
             below = [(key, value) for key, value in item.items() if isinstance(value, dict | _View)]
             if not all(isinstance(key, str | int) for key, _ in below):
                 raise ValueError(
-                    f"{path}: {prefix[1:]!r:.200} has keys that are neither strings nor integers; {WAY_OUT}"
+                    f"{file}: {prefix[1:]!r:.200} has keys that are neither strings nor integers; {WAY_OUT}"
                 )
             stack += reversed([(f"{prefix}.{key}", value) for key, value in below])
     if not views:
-        raise ValueError(f"{path} holds not a single tensor in its dicts; {WAY_OUT}")
+        raise ValueError(f"{file} holds not a single tensor in its dicts; {WAY_OUT}")
     return views
 
 
-def _lazy(path, name, view):
+def _lazy(file, name, view):
     """The view as a tensor, after checking that it lies inside its storage."""
     storage, offset, size, stride = view[:4]
     shaped = isinstance(storage, _Storage) and type(size) is tuple and type(stride) is tuple
     if not shaped or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
-        raise ValueError(f"{path}: {name!r:.200} is no storage with an offset, a shape and strides from 0 up")
+        raise ValueError(f"{file}: {name!r:.200} is no storage with an offset, a shape and strides from 0 up")
     extent = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=False))
     numpy_can = len(size) == len(stride) <= 64 and math.prod(max(n, 1) for n in size) * 8 <= sys.maxsize
     if not numpy_can or offset + extent > storage.numel:
         raise ValueError(
-            f"{path}: {name!r:.200} with shape {size}, strides {stride} and offset {offset} does not lie inside its "
+            f"{file}: {name!r:.200} with shape {size}, strides {stride} and offset {offset} does not lie inside its "
             f"storage of {storage.numel} elements"
         )
-    return LazyTensor(size, storage.dtype, functools.partial(_read, path, view, extent))
+    return LazyTensor(size, storage.dtype, functools.partial(_read, file, view, extent))
 
 
-def _read(path, view, extent):
+def _read(file, view, extent):
     """Reads no byte outside the view's extent. The zip's directory does not tell where an entry's data starts:
     that is behind a local header (30 bytes, then a name and padding) of its own length."""
     entry, dtype, _ = view.storage
-    with path.open("rb") as file:
-        file.seek(entry.header_offset)
-        header = file.read(30)
+    with file.open() as opened:
+        opened.seek(entry.header_offset)
+        header = opened.read(30)
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
-            raise ValueError(f"{path} is damaged: no entry {entry.filename} at byte {entry.header_offset}")
+            raise ValueError(f"{file} is damaged: no entry {entry.filename} at byte {entry.header_offset}")
         skip = sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
-        file.seek(skip + view.offset * dtype.itemsize, os.SEEK_CUR)
-        data = np.fromfile(file, np.uint8, extent * dtype.itemsize)
+        opened.seek(skip + view.offset * dtype.itemsize, os.SEEK_CUR)
+        data = np.frombuffer(opened.read(extent * dtype.itemsize), np.uint8)
     if data.size != extent * dtype.itemsize:
-        raise ValueError(f"{path} is truncated: {entry.filename} has {data.size} of {extent * dtype.itemsize} bytes")
+        raise ValueError(f"{file} is truncated: {entry.filename} has {data.size} of {extent * dtype.itemsize} bytes")
     # The stride of an axis of one element is arbitrary, and so are all strides of an empty tensor.
     strides = [step * dtype.itemsize if n > 1 and extent else 0 for n, step in zip(view.size, view.stride, strict=True)]
     return np.lib.stride_tricks.as_strided(data.view(dtype), view.size, strides)

@@ -19,7 +19,7 @@ import pytest
 
 from rcm_jax.convert import torch_file
 from rcm_jax.convert.files import open_tensors
-from rcm_jax.convert.torch_file import STORAGES, open_torch_file
+from rcm_jax.convert.torch_file import STORAGES, open_torch_file, read_torch_tensor
 from tests.torch_pickle import ORDERED, REBUILD, Call, Name, Reference, opcodes, pickled, save, storage, tensor
 
 BY_TORCH = (
@@ -149,8 +149,8 @@ def test_views_of_a_storage(tmp_path, size, stride, offset, expected):
 
 def test_only_the_bytes_of_a_view_are_read(tmp_path, monkeypatch):
     counts = []
-    fromfile = np.fromfile
-    monkeypatch.setattr(np, "fromfile", lambda file, dtype, n: counts.append(n) or fromfile(file, dtype, n))
+    frombuffer = np.frombuffer
+    monkeypatch.setattr(np, "frombuffer", lambda data, dtype: counts.append(len(data)) or frombuffer(data, dtype))
     content = {"all": tensor("0", (1000,), (1,), 1000), "two": tensor("0", (2, 2), (10, 1), 1000, 500)}
     opened = open_torch_file(save(tmp_path / "m.pt", content, {"0": np.arange(1000, dtype=np.float32)}))
     assert counts == [] and opened["all"].shape == (1000,)
@@ -415,3 +415,38 @@ def test_damaged_files_raise_nothing_but_value_errors(tmp_path):
         except ValueError as error:
             refused += str(error).count("m.pt") > 0
     assert refused > 200
+
+
+def test_a_tensor_by_itself_is_read_from_bytes(tmp_path):
+    path = save(tmp_path / "m.pt", tensor("0", (2, 2), (3, 2), 7, 1), {"0": np.arange(7, dtype=np.float32)})
+    np.testing.assert_array_equal(read_torch_tensor(path.read_bytes(), "a"), np.float32([[1, 3], [4, 6]]), strict=True)
+    parameter = Call(Name("torch._utils", "_rebuild_parameter"), (GOOD, True, ORDERED))
+    assert read_torch_tensor(save(path, parameter).read_bytes(), "a").shape == (2, 3)
+    with pytest.raises(ValueError, match=r"m\.pt holds no dict of tensors"):
+        open_torch_file(path)
+
+
+@pytest.mark.parametrize("content", [{"x": GOOD}, [GOOD], 3, ORDERED, storage("0", 6)], ids=repr)
+def test_bytes_that_hold_more_or_less_than_one_tensor_are_refused(tmp_path, content):
+    data = save(tmp_path / "m.pt", content).read_bytes()
+    with pytest.raises(ValueError, match=r"a\.tar, 7\.pt holds .*, not one tensor by itself"):
+        read_torch_tensor(data, "a.tar, 7.pt")
+
+
+@pytest.mark.parametrize("attack", attacks("marker"))
+def test_an_attack_in_bytes_is_refused_as_in_a_file(tmp_path, attack):
+    marker = tmp_path / "marker"
+    refused, content = attacks(marker)[attack]
+    data = save(tmp_path / "m.pt", content).read_bytes()
+    with pytest.raises(ValueError, match=rf"^a is no plain state dict: .*it asks for '{refused}'.*Nothing in it was"):
+        read_torch_tensor(data, "a")
+    assert not marker.exists()
+
+
+def test_damaged_bytes_raise_value_errors_that_name_them(tmp_path):
+    data = save(tmp_path / "m.pt", GOOD).read_bytes()
+    for size in (0, 4, 100, len(data) // 2, len(data) - 1):
+        with pytest.raises(ValueError, match=rf"^a .{size} bytes. cannot be read: "):
+            read_torch_tensor(data[:size], "a")
+    with pytest.raises(ValueError, match=r"^a: 'the tensor' with shape .* does not lie inside its storage"):
+        read_torch_tensor(save(tmp_path / "m.pt", tensor("0", (7,), (1,), 6)).read_bytes(), "a")

@@ -1,0 +1,128 @@
+"""Videos and images with captions as a source: clips of them, encoded by the autoencoder of an experiment."""
+
+import functools
+import os
+from collections.abc import Sequence
+from concurrent import futures
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from rcm_jax import convert
+from rcm_jax.build.source import Example, Item, Source
+from rcm_jax.media import vae
+from rcm_jax.media.clips import THREADS, Footage, bucket_of, list_files, probe, read_captions, read_clip
+from rcm_jax.media.first_frame import check_conditions
+from rcm_jax.media.first_frame import first_frame as condition_of
+from rcm_jax.run.experiment import Experiment
+from rcm_jax.run.generate import latents_shape, prompts_dataset
+from rcm_jax.run.pixels import open_weights
+from rcm_jax.util.files import as_path
+
+SHOWN = 3  # files of which an error tells
+
+
+def videos(
+    run: Experiment, vae_path: str | os.PathLike, folder: str | os.PathLike, *,
+    captions: str | os.PathLike | None = None, buckets: Sequence[tuple[int, int]] = (), fps: float | None = None,
+    frames: int | None = None, clips: int = 1, first_frame: bool = False, tile: int | None = None,
+) -> Source:  # fmt: skip
+    """Clips of all videos and images of a folder, by path and then by time: x0 float32 and, if asked for, y.
+
+    Args:
+      run: what says how pixels become latents: its media, and the shape of its data.
+      vae_path: published weights of the autoencoder, any layout; read when the first clip is made.
+      folder: with .mp4, .png, …, also in folders below.
+      captions: a table of them; None: name.txt beside each file (rcm_jax.media.clips.read_captions).
+      buckets: (width, height) in pixels among which each file is put (rcm_jax.media.clips.bucket_of); (): the run's.
+      fps: frames of a clip in a second; None: media.fps.
+      frames: of pixels in a clip; None: as many as the run's data have. 1 takes images, and stills of videos.
+      clips: most clips of a video, one after the other from its beginning, none cut short.
+      first_frame: each example has y, the condition of image to video.
+      tile: bounds the memory of the device, as in vae.encode.
+
+    Raises:
+      ValueError: sizes that cannot be, other conditions than the network takes, captions that are missing or left
+        over, files that cannot be read or are too short: those are named.
+    """
+    t, h, w, _ = prompts_dataset(run, None, frames).sample_shape
+    media: Any = run.media
+    config, stride, place, names = media.vae, media.vae.stride, as_path(folder), list_files(folder)
+    count, rate = 1 + (t - 1) * stride[0], media.fps if fps is None else fps
+    if rate <= 0 or clips < 1:
+        raise ValueError(f"fps {rate} must be above 0, and clips {clips} at least 1")
+    sizes = [(width, height) for width, height in buckets] or [(w * stride[2], h * stride[1])]
+    shapes = {size: latents_shape(run, size, count) for size in sizes}
+    for shape in shapes.values():
+        check_conditions(run.model, shape, {"y": (*shape[:-1], stride[0] + config.z_dim)} if first_frame else {})
+    open_weights(config, vae_path)
+    prompts, items = read_captions(place, names, captions), []
+    for name, prompt, found in zip(names, prompts, _probe_all(place, names, count, rate), strict=True):
+        shape = shapes[bucket_of(found.width, found.height, sizes)]
+        items += [_item(name, prompt, shape, found, start) for start in _starts(found, count, rate)[:clips]]
+
+    @functools.cache
+    def encoder():
+        params = convert.from_reference(convert.name_of(config), open_weights(config, vae_path), config)
+        return jax.device_put({"encoder": params["encoder"]})
+
+    def prepare(item: Item) -> np.ndarray:
+        size = item.shape[2] * stride[2], item.shape[1] * stride[1]
+        return read_clip(place / item.origin["file"], item.origin["start"], count, rate, size)
+
+    def make(items, prepared, texts) -> list[Example]:
+        pixels = prepared[0].astype(np.float32) / 127.5 - 1
+        x0 = np.asarray(vae.encode(config, encoder(), pixels[None], tile=tile)[0], np.float32)
+        return [{"x0": x0} | ({"y": condition_of(config, encoder(), pixels[0], t, tile=tile)} if first_frame else {})]
+
+    settings = {
+        "frames": count, "fps": rate, "clips": clips, "buckets": [list(size) for size in sizes],
+        "first_frame": first_frame, "tile": tile,
+        "vae": os.fspath(vae_path), "vae_bytes": _bytes(vae_path), "vae_config": repr(config),
+    }  # fmt: skip
+    return Source(items, settings, make, prepare)
+
+
+def _item(name: str, prompt: str, shape: tuple[int, ...], found: Footage, start: float) -> Item:
+    key = name if found.seconds is None else f"{name}@{start:.3f}s"
+    return Item(key, prompt, shape, {"file": name, "start": start})
+
+
+def _bytes(path: str | os.PathLike) -> int:
+    """Of a file, or of those in a folder."""
+    given = epath.Path(path)
+    return sum(file.stat().length for file in (given.iterdir() if given.is_dir() else [given]))
+
+
+def _starts(found: Footage, frames: int, fps: float) -> list[float]:
+    """Seconds at which the whole clips of a file begin; the last frame of one need only begin before the end."""
+    if found.seconds is None:
+        return [0.0] if frames == 1 else []
+    return [i * frames / fps for i in range(int(((found.seconds - 1e-3) * fps + 1) // frames))]
+
+
+def _probe_all(folder, names: Sequence[str], frames: int, fps: float) -> list[Footage]:
+    """What every file shows; ValueError that names those that cannot be read or have no whole clip."""
+
+    def look(name: str) -> Footage | str:
+        try:
+            found = probe(folder / name)
+        except (ValueError, OSError) as error:
+            return str(error)
+        if _starts(found, frames, fps):
+            return found
+        had = "is an image" if found.seconds is None else f"has {found.seconds:.3f} s"
+        return f"{folder / name} {had}, and {frames} frames at {fps:g} per second take {(frames - 1) / fps:.3f} s"
+
+    with futures.ThreadPoolExecutor(THREADS) as pool:
+        found = list(tqdm(pool.map(look, names), "looking at files", len(names), unit="file", mininterval=1))
+    if bad := [problem for problem in found if isinstance(problem, str)]:
+        shown = "".join(f"\n  {problem}" for problem in bad[:SHOWN])
+        raise ValueError(
+            f"{len(bad)} of {len(names)} files in {folder} cannot be used: take them and their captions out or, where "
+            f"they are too short, ask for fewer frames or more fps{shown}" + ("\n  …" if len(bad) > SHOWN else "")
+        )
+    return [footage for footage in found if isinstance(footage, Footage)]
