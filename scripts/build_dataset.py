@@ -125,7 +125,8 @@ def work(media, plan, negative: str | None, encoder: dict, round_trip: bool) -> 
 
     def finish(example):
         x0 = codec.round_trip(opened, example["x0"]) if round_trip else example["x0"]
-        return {**example, "x0": x0 if DTYPE.value is None else x0.astype(DTYPE.value)}
+        x0 = x0 if DTYPE.value is None else x0.astype(DTYPE.value)
+        return {**example, "x0": x0, "text": example["text"].astype(media.text_encoder.dtype)}
 
     def made(shard, items, examples):
         if opened and SHEET_EVERY.value and shard.number % SHEET_EVERY.value == 0:

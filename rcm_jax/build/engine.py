@@ -73,7 +73,8 @@ def make_plan(folder, source: Source, shard_size: int, settings: Mapping[str, An
     settings: those that are not of the source, but decide the content as well.
     """
     if not source.items or shard_size < 1:
-        raise ValueError(f"{len(source.items)} items in shards of {shard_size}: there must be one of each at least")
+        first = "".join(f"; {key}: {error}" for key, error in list(source.bad.items())[:1])
+        raise ValueError(f"{len(source.items)} items in shards of {shard_size}: there must be one of each{first}")
     lines, places = hashlib.sha256(), {}
     keys = set()
     for place, item in enumerate(source.items):
@@ -107,12 +108,16 @@ def _visible(folder) -> list:
 
 
 class Skips:
-    """Items that were left out because they are bad; more than so many are an error."""
+    """What was left out because it is bad; more than so many are an error."""
 
-    def __init__(self, most: int, already: int = 0):
-        self.most, self.count, self.of_shard = most, already, []
+    def __init__(self, most: int, known: Mapping[str, str], before: int):
+        """known: what was bad from the beginning; before: how many items were skipped in shards that are whole."""
+        self.most, self.count, self.of_shard = most, before, []
+        for key, error in known.items():
+            self.add(key, error)
+        self.take()
 
-    def add(self, key: str, error: Exception) -> None:
+    def add(self, key: str, error) -> None:
         if self.count == self.most:
             raise ValueError(f"{key}: {error}. (--most_skipped={self.most}: raise it to leave more of them out)")
         self.count += 1
@@ -140,7 +145,7 @@ def build(plan: Plan, shards: Sequence[Shard], work: Work) -> None:
     ValueError or OSError for what is bad, beyond so many items that are skipped; all shards before it stay.
     """
     parts = [json.loads(plan.part(shard).read_text()) for shard in plan.shards if plan.part(shard).exists()]
-    skips = Skips(work.most_skipped, sum(len(part["skipped"]) for part in parts))
+    skips = Skips(work.most_skipped, plan.source.bad, sum(len(part["skipped"]) for part in parts))
     for shard in shards:
         part: dict[str, Any] = {"shape": plan.items(shard)[0].shape, "examples": [], "kinds": {}}
         shown: list[tuple[Item, Example]] = []
@@ -163,6 +168,8 @@ def _records(plan: Plan, shard: Shard, work: Work, skips: Skips, part: dict, sho
         except ValueError as error:
             skips.add(item.key, error)
             continue
+        if not part["examples"]:
+            records.check_uncond(read_uncond(plan.folder), tensors, plan.folder / UNCOND)
         record = records.encode(tensors)
         part["kinds"].setdefault(records.in_words(records.kinds_of(tensors)), item.key)
         told = {"key": item.key, "prompt": item.prompt, **item.origin, "sha256": records.digest(record)}
@@ -225,7 +232,8 @@ def close(plan: Plan) -> int | None:
     values = {
         "shards": [{"examples": len(part["examples"]), "shape": part["shape"]} for part in parts],
         "made_from": dict(plan.made_from),
-        "skipped": [skipped for part in parts for skipped in part["skipped"]],
+        "skipped": [{"key": key, "error": error} for key, error in plan.source.bad.items()]
+        + [skipped for part in parts for skipped in part["skipped"]],
         "versions": versions(),
     }
     write_text(plan.folder / SET, json.dumps(values, indent=1) + "\n")

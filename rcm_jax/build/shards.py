@@ -41,21 +41,30 @@ def shards(run: Experiment, folder_or_pattern: str | os.PathLike) -> Source:
 
     Examples have x0 [t, h, w, c] and text [media.text_length, media.text_width], padded with zeros, in the dtypes in
     which they are stored. Opening reads the headers of all tars, the prompts and the first sample; the others must
-    have its shapes and dtypes, or `prepare` raises ValueError.
+    have its shapes and dtypes, or `prepare` raises ValueError. Tars that are truncated and samples that lack a part
+    are `bad`: what is whole in them is taken.
 
     Raises:
-      ValueError: no tar, a damaged one, samples that lack a part, tensors that do not fit the run: tar and sample are
-        named.
+      ValueError: no tar, none with a sample that fits the run: tar and sample are named.
     """
     prompts_dataset(run)
     media: Any = run.media
     paths = _tars(folder_or_pattern)
     with futures.ThreadPoolExecutor(THREADS) as pool:
         found = list(tqdm(pool.map(_index, paths), "reading tars", len(paths), unit="tar", mininterval=1))
-    samples = {f"{sample.tar.name}/{sample.name}": sample for part in found for sample in part}
+    samples = {f"{sample.tar.name}/{sample.name}": sample for good, _ in found for sample in good}
+    bad = {key: error for _, wrong in found for key, error in wrong.items()}
+    first: Example = {}
+    while samples and not first:
+        key, sample = next(iter(samples.items()))
+        try:
+            first = _example(media, sample)
+        except ValueError as error:
+            bad[key] = str(error)
+            del samples[key]
     if not samples:
-        raise ValueError(f"{folder_or_pattern}: the {len(paths)} tars hold no sample NAME.{LATENT}")
-    first = _example(media, next(iter(samples.values())))
+        reason = next(iter(bad.values()), f"there is no NAME.{LATENT}")
+        raise ValueError(f"{folder_or_pattern}: the {len(paths)} tars hold no sample that can be used: {reason}")
     shape = first["x0"].shape
     check_conditions(run.model, shape, {})
 
@@ -71,8 +80,9 @@ def shards(run: Experiment, folder_or_pattern: str | os.PathLike) -> Source:
         return example
 
     items = [Item(key, s.prompt, shape, {"tar": s.tar.name, "sample": s.name}) for key, s in samples.items()]
-    settings = {"tars": {path.name: epath.Path(path).stat().length for path in paths}, "text_length": media.text_length}
-    return Source(items, settings, lambda items, prepared, texts: list(prepared), prepare, brings_text=True)
+    sizes = {path.name: epath.Path(path).stat().length for path in paths}
+    settings = {"kind": "shards", "tars": sizes, "text_length": media.text_length}
+    return Source(items, settings, lambda items, prepared, texts: list(prepared), prepare, brings_text=True, bad=bad)
 
 
 def _tars(folder_or_pattern: str | os.PathLike) -> list:
@@ -85,9 +95,10 @@ def _tars(folder_or_pattern: str | os.PathLike) -> list:
     return paths
 
 
-def _index(path) -> list[Sample]:
-    """The samples of a tar, in its order."""
+def _index(path) -> tuple[list[Sample], dict[str, str]]:
+    """The samples of a tar, in its order, and what is wrong with others or with the tar, by their names."""
     parts: dict[str, dict[str, Any]] = {}
+    bad = {}
     try:
         with path.open("rb") as opened, tarfile.open(fileobj=opened, mode="r:") as archive:
             for member in archive:
@@ -101,16 +112,28 @@ def _index(path) -> list[Sample]:
                 sample[kind] = member.offset_data, member.size
                 if kind == PROMPT:
                     opened.seek(member.offset_data)
-                    sample[kind] = opened.read(member.size).decode().strip()
+                    sample[kind] = opened.read(member.size)
+                    if len(sample[kind]) < member.size:
+                        del sample[kind]
+                        raise tarfile.ReadError("unexpected end of data")
             opened.seek(archive.offset)
             if opened.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes anything for the zeros that end a tar
                 raise tarfile.ReadError(f"no header at byte {archive.offset}")
-    except (tarfile.TarError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is truncated, damaged or no plain tar ({error}): download it again") from None
+    except tarfile.TarError as error:
+        bad[path.name] = f"{path} is truncated, damaged or no plain tar ({error}): download it again"
+    samples = []
     for name, sample in parts.items():
         if lacks := [kind for kind in (LATENT, EMBEDDING, PROMPT) if kind not in sample]:
-            raise ValueError(f"{path}: sample {name} has no {' and no '.join(f'{name}.{kind}' for kind in lacks)}")
-    return [Sample(path, name, s[PROMPT], s[LATENT], s[EMBEDDING]) for name, s in parts.items()]
+            lacking = " and no ".join(f"{name}.{kind}" for kind in lacks)
+            bad[f"{path.name}/{name}"] = f"{path}: sample {name} has no {lacking}"
+            continue
+        try:
+            prompt = sample[PROMPT].decode().strip()
+        except UnicodeDecodeError as error:
+            bad[f"{path.name}/{name}"] = f"{path}: {name}.{PROMPT} is not in UTF-8: {error}"
+            continue
+        samples.append(Sample(path, name, prompt, sample[LATENT], sample[EMBEDDING]))
+    return samples, bad
 
 
 def _example(media: MediaConfig, sample: Sample) -> Example:

@@ -32,3 +32,4 @@ class Source(NamedTuple):
     prepare: Callable[[Item], Any] = lambda item: None
     batch: int = 1  # items that `make` is given at once, all of one shape
     brings_text: bool = False
+    bad: Mapping[str, str] = {}  # what is no item because it cannot be one: its name, and why

@@ -22,8 +22,6 @@ from rcm_jax.run.generate import latents_shape, prompts_dataset
 from rcm_jax.run.pixels import open_weights
 from rcm_jax.util.files import as_path
 
-SHOWN = 3  # files of which an error tells
-
 
 def videos(
     run: Experiment, vae_path: str | os.PathLike, folder: str | os.PathLike, *,
@@ -44,9 +42,11 @@ def videos(
       first_frame: each example has y, the condition of image to video.
       tile: bounds the memory of the device, as in vae.encode.
 
+    Files that cannot be read or are too short are `bad`.
+
     Raises:
       ValueError: sizes that cannot be, other conditions than the network takes, captions that are missing or left
-        over, files that cannot be read or are too short: those are named.
+        over: those are named.
     """
     t, h, w, _ = prompts_dataset(run, None, frames).sample_shape
     media: Any = run.media
@@ -59,8 +59,11 @@ def videos(
     for shape in shapes.values():
         check_conditions(run.model, shape, {"y": (*shape[:-1], stride[0] + config.z_dim)} if first_frame else {})
     open_weights(config, vae_path)
-    prompts, items = read_captions(place, names, captions), []
+    prompts, items, bad = read_captions(place, names, captions), [], {}
     for name, prompt, found in zip(names, prompts, _probe_all(place, names, count, rate), strict=True):
+        if isinstance(found, str):
+            bad[name] = found
+            continue
         shape = shapes[bucket_of(found.width, found.height, sizes)]
         items += [_item(name, prompt, shape, found, start) for start in _starts(found, count, rate)[:clips]]
 
@@ -79,11 +82,11 @@ def videos(
         return [{"x0": x0} | ({"y": condition_of(config, encoder(), pixels[0], t, tile=tile)} if first_frame else {})]
 
     settings = {
-        "frames": count, "fps": rate, "clips": clips, "buckets": [list(size) for size in sizes],
+        "kind": "videos", "frames": count, "fps": rate, "clips": clips, "buckets": [list(size) for size in sizes],
         "first_frame": first_frame, "tile": tile,
         "vae": os.fspath(vae_path), "vae_bytes": _bytes(vae_path), "vae_config": repr(config),
     }  # fmt: skip
-    return Source(items, settings, make, prepare)
+    return Source(items, settings, make, prepare, bad=bad)
 
 
 def _item(name: str, prompt: str, shape: tuple[int, ...], found: Footage, start: float) -> Item:
@@ -104,8 +107,8 @@ def _starts(found: Footage, frames: int, fps: float) -> list[float]:
     return [i * frames / fps for i in range(int(((found.seconds - 1e-3) * fps + 1) // frames))]
 
 
-def _probe_all(folder, names: Sequence[str], frames: int, fps: float) -> list[Footage]:
-    """What every file shows; ValueError that names those that cannot be read or have no whole clip."""
+def _probe_all(folder, names: Sequence[str], frames: int, fps: float) -> list[Footage | str]:
+    """What every file shows, or why it cannot be used: it cannot be read, or has no whole clip."""
 
     def look(name: str) -> Footage | str:
         try:
@@ -115,14 +118,8 @@ def _probe_all(folder, names: Sequence[str], frames: int, fps: float) -> list[Fo
         if _starts(found, frames, fps):
             return found
         had = "is an image" if found.seconds is None else f"has {found.seconds:.3f} s"
-        return f"{folder / name} {had}, and {frames} frames at {fps:g} per second take {(frames - 1) / fps:.3f} s"
+        needs = f"{frames} frames at {fps:g} per second take {(frames - 1) / fps:.3f} s"
+        return f"{folder / name} {had}, and {needs}: take it out, or ask for fewer frames or more fps"
 
     with futures.ThreadPoolExecutor(THREADS) as pool:
-        found = list(tqdm(pool.map(look, names), "looking at files", len(names), unit="file", mininterval=1))
-    if bad := [problem for problem in found if isinstance(problem, str)]:
-        shown = "".join(f"\n  {problem}" for problem in bad[:SHOWN])
-        raise ValueError(
-            f"{len(bad)} of {len(names)} files in {folder} cannot be used: take them and their captions out or, where "
-            f"they are too short, ask for fewer frames or more fps{shown}" + ("\n  …" if len(bad) > SHOWN else "")
-        )
-    return [footage for footage in found if isinstance(footage, Footage)]
+        return list(tqdm(pool.map(look, names), "looking at files", len(names), unit="file", mininterval=1))

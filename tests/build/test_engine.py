@@ -199,3 +199,19 @@ def test_a_folder_that_is_not_whole_is_not_trained_on(tmp_path):
     with pytest.raises(ValueError, match="files of latents; missing: 1, 3"):
         data.load(LatentsConfig(str(tmp_path / "set"), SHAPES[0]))
     assert engine.versions()["device"]
+
+
+def test_what_was_bad_from_the_beginning_counts_as_skipped(tmp_path):
+    known = {"b.mp4": "b.mp4 does not decode", "a.tar": "a.tar is truncated"}
+    with pytest.raises(ValueError, match=r"^a\.tar: a\.tar is truncated\. \(--most_skipped=1"):
+        build(tmp_path / "set", source(bad=known), most_skipped=1)
+    assert build(tmp_path / "set", source(bad=known), most_skipped=2) == COUNT
+    told = json.loads((tmp_path / "set/set.json").read_text())["skipped"]
+    assert {skip["key"]: skip["error"] for skip in told} == known
+    with pytest.raises(ValueError, match=r"^0 items in shards of 8: .*; b\.mp4: b\.mp4 does not decode"):
+        build(tmp_path / "none", source(bad=known, items=[]))
+
+
+def test_what_guidance_replaces_must_be_like_the_examples(tmp_path):
+    with pytest.raises(ValueError, match=r"uncond\.safetensors holds text float32 \[2, 1\], but the conditions of the ex"):
+        build(tmp_path / "set", source(), uncond=np.zeros((2, 1), np.float32))

@@ -14,10 +14,12 @@ from rcm_jax.convert.files import write_tensors
 from rcm_jax.data import LatentsConfig, records
 from rcm_jax.data.latents import shard_paths
 from rcm_jax.media import vae
+from rcm_jax.media.video import write_video
 from rcm_jax.models import t5, wan_vae
 from rcm_jax.run import workdir
 from rcm_jax.run.experiment import Predictor
 from tests import tiny, wan
+from tests.build import test_shards as tars
 from tests.media.test_text import WORDS, write_tokenizer
 from tests.scripts.conftest import assert_refused, snapshot
 
@@ -138,3 +140,48 @@ def test_what_cannot_be_built_is_refused_before_anything_is_written(run_script, 
     (tmp_path / "full/notes").write_text("mine")
     refused("is there and not an empty folder", *flags, f"--out={tmp_path / 'full'}")
     assert snapshot(tmp_path / "full") == {"notes": b"mine"}
+
+
+def test_videos_become_a_set_of_two_shapes(run_script, published, tmp_path):
+    clips, folder = tmp_path / "clips", tmp_path / "set"
+    clips.mkdir()
+    for name, height, width, shade in (("wide.mp4", 64, 96, 200), ("tall.mp4", 96, 64, 40)):
+        write_video(clips / name, [np.full((height, width, 3), shade, np.uint8)] * 12, 16)
+        (clips / name).with_suffix(".txt").write_text("a cat\n")
+    (clips / "broken.mp4").write_text("no video")
+    (clips / "broken.txt").write_text("a cat")
+    flags = [
+        CONFIG, f"--out={folder}", f"--videos={clips}", "--buckets=48x32,32x48", "--clips=2", "--negative_prompt=",
+        *around(published),
+    ]  # fmt: skip
+    process = run_script("build_dataset", *flags)
+    assert process.returncode == 2
+    assert "broken.mp4 cannot be read as a video" in process.stderr and "--most_skipped=0" in process.stderr
+    process = run_script("build_dataset", *flags, "--most_skipped=1")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == f"{folder}: 4 examples, 1 skipped of [2, 4, 6, 4], [2, 6, 4, 4], whole\n"
+    dataset = data.load(LatentsConfig(str(folder), WAN.data.shape))
+    assert dataset.shapes == [(2, 4, 6, 4), (2, 6, 4, 4)]
+    params, config = tiny.random_params(wan_vae.init, WAN.media.vae), WAN.media.vae
+    pixels = np.full((1, 5, 32, 48, 3), 200 / 127.5 - 1, np.float32)
+    assert tiny.relative(dataset.first["x0"], vae.encode(config, params, pixels)) < 0.05  # what the codec loses
+    process = run_script("build_dataset", f"--out={folder}", "--verify")
+    assert process.stdout == f"{folder}: 4 examples, all as they were written\n", process.stderr
+
+
+def test_published_shards_become_a_set(run_script, published, tmp_path):
+    x0, text = tars.normal(4, 2, 4, 6, key=1), tars.normal(4, 8, key=2)
+    lacking = {name: content for name, content in tars.sample("001").items() if "embed" not in name}
+    tars.write(tmp_path / "tars/a.tar", tars.sample("000", latent=-x0, embedding=-text), lacking)
+    tars.write(tmp_path / "tars/b.tar", tars.sample("002", latent=x0, embedding=text))
+    out = [f"--out={tmp_path / 'set'}", f"--shards={tmp_path / 'tars'}"]
+    flags = [CONFIG, *out, "--negative_prompt=", *around(published)]
+    process = run_script("build_dataset", *flags, "--noround_trip")
+    assert process.returncode == 2
+    assert "a.tar: sample 001 has no 001.embed.pt" in process.stderr
+    process = run_script("build_dataset", *flags, "--noround_trip", "--most_skipped=1", "--sheet_every=0")
+    assert process.returncode == 0, process.stderr
+    batch = data.load(LatentsConfig(str(tmp_path / "set"), WAN.data.shape)).train[np.arange(2)]
+    np.testing.assert_array_equal(batch["x0"][1], np.moveaxis(x0, 0, -1))
+    np.testing.assert_array_equal(batch["cond"]["text"][1, :4], text.astype(records.STORED_DTYPES["BF16"]))
+    assert not batch["cond"]["text"][1, 4:].any()
