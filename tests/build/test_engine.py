@@ -213,5 +213,5 @@ def test_what_was_bad_from_the_beginning_counts_as_skipped(tmp_path):
 
 
 def test_what_guidance_replaces_must_be_like_the_examples(tmp_path):
-    with pytest.raises(ValueError, match=r"uncond\.safetensors holds text float32 \[2, 1\], but the conditions of the ex"):
+    with pytest.raises(ValueError, match=r"uncond\.safetensors holds text float32 \[2, 1\], but the cond"):
         build(tmp_path / "set", source(), uncond=np.zeros((2, 1), np.float32))
