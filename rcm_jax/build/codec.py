@@ -36,7 +36,7 @@ def round_trip(codec: Codec, x0: np.ndarray) -> np.ndarray:
     """Latents x0 [t, h, w, c] decoded, clamped to [−1, 1] and encoded again, as the official runs train on them."""
     config, params, tile = codec
     pixels = np.clip(vae.decode(config.vae, params, x0[None].astype(np.float32), tile=tile), -1, 1)
-    return vae.encode(config.vae, params, pixels, tile=tile)[0]
+    return np.asarray(vae.encode(config.vae, params, pixels, tile=tile)[0])
 
 
 def write_sheet(codec: Codec, path, items: Sequence[Item], examples: Sequence[Example]) -> None:
@@ -45,7 +45,7 @@ def write_sheet(codec: Codec, path, items: Sequence[Item], examples: Sequence[Ex
     for item, example in zip(items, examples, strict=True):
         video = list(frames(codec.media, codec.params, example["x0"].astype(np.float32), codec.tile))
         places = sorted({round(time * (len(video) - 1)) for time in TIMES})
-        some = np.float32(np.stack([video[place] for place in places])) / 255
+        some = np.stack([video[place] for place in places]).astype(np.float32) / 255
         thin = -(-some.shape[2] // WIDTH)
         short = item.prompt[:CAPTION] + ("…" if len(item.prompt) > CAPTION else "")
         rows.append(captioned(grid(some[:, ::thin, ::thin], len(places), separator=4, background=1.0), short))

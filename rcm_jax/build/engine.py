@@ -24,7 +24,7 @@ from etils import epath
 
 from rcm_jax.build.source import Example, Item, Source
 from rcm_jax.data import records
-from rcm_jax.data.latents import SET, UNCOND, shard_name
+from rcm_jax.data.latents import SET, UNCOND, read_set, shard_name
 from rcm_jax.util.files import as_path, write_text, write_whole
 
 PLAN, EXAMPLES = "plan.json", "examples.jsonl"
@@ -57,7 +57,16 @@ class Plan(NamedTuple):
 
     def pending(self, worker: int = 0, workers: int = 1) -> list[Shard]:
         """The shards of a worker that are not there."""
-        return [shard for shard in self.shards[worker::workers] if not self.part(shard).exists()]
+        folder = self.folder / "parts"
+        there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        return [shard for shard in self.shards[worker::workers] if self.part(shard).name not in there]
+
+    def parts(self) -> list[dict]:
+        """What is told of the shards that are there, in their order."""
+        pending = {shard.number for shard in self.pending()}
+        paths = [self.part(shard) for shard in self.shards if shard.number not in pending]
+        with futures.ThreadPoolExecutor(16) as pool:
+            return [json.loads(text) for text in pool.map(lambda path: path.read_text(), paths)]
 
     def items(self, shard: Shard) -> list[Item]:
         return [self.source.items[place] for place in shard.places]
@@ -144,8 +153,7 @@ def build(plan: Plan, shards: Sequence[Shard], work: Work) -> None:
 
     ValueError or OSError for what is bad, beyond so many items that are skipped; all shards before it stay.
     """
-    parts = [json.loads(plan.part(shard).read_text()) for shard in plan.shards if plan.part(shard).exists()]
-    skips = Skips(work.most_skipped, plan.source.bad, sum(len(part["skipped"]) for part in parts))
+    skips = Skips(work.most_skipped, plan.source.bad, sum(len(part["skipped"]) for part in plan.parts()))
     for shard in shards:
         part: dict[str, Any] = {"shape": plan.items(shard)[0].shape, "examples": [], "kinds": {}}
         shown: list[tuple[Item, Example]] = []
@@ -217,12 +225,15 @@ def _examples(source: Source, items: Sequence[Item], texts, skips: Skips) -> Ite
 
 def close(plan: Plan) -> int | None:
     """Writes what says that the set is whole, if all shards are; returns how many examples it has, else None."""
+    try:
+        parts = [] if plan.finished else plan.parts()
+    except FileNotFoundError:  # another worker, which came to its end as well, has tidied up
+        parts = []
     if plan.finished:
         _tidy(plan)
-        return sum(shard["examples"] for shard in json.loads((plan.folder / SET).read_text())["shards"])
-    if plan.pending():
+        return sum(shard["examples"] for shard in read_set(plan.folder)["shards"])
+    if len(parts) < len(plan.shards):
         return None
-    parts = [json.loads(plan.part(shard).read_text()) for shard in plan.shards]
     _check_alike(parts)
     lines = [line for part in parts for line in part["examples"]]
     if not lines:

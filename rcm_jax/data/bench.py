@@ -34,8 +34,9 @@ def make_set(folder, count: int) -> None:
     """Noise, x0 in float32 and text in bfloat16, as a built set of Wan's has them."""
     noise = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
     text = np.zeros(TEXT, ml_dtypes.bfloat16)
-    write(folder, ({"x0": noise + np.float32(i), "text": text + i} for i in range(count)), {"text": text},
-          shard_bytes=2**29)  # fmt: skip
+    write(
+        folder, ({"x0": noise + np.float32(i), "text": text} for i in range(count)), {"text": text}, shard_bytes=2**29
+    )
 
 
 def measure(path, shape, batch: int, count: int) -> str:

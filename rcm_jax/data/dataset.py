@@ -93,10 +93,11 @@ def batches(
     # One thread is enough to index arrays; a disk is read for four batches at a time. The order is the same.
     threads = 1 if isinstance(examples, Mapping) else 4
     source = random_access(examples)
-    buckets = buckets_of(examples)
+    buckets: Any = buckets_of(examples)
     instead = replacements(leave_out, buckets)
     orders = [grain.MapDataset.source(rows).seed(seed).shuffle().repeat().batch(batch_size) for rows in buckets]
-    order = orders[0] if len(buckets) == 1 else grain.MapDataset.source(Turns(orders, buckets, batch_size, seed))
+    turns: Any = Turns(orders, buckets, batch_size, seed)
+    order = orders[0] if len(buckets) == 1 else grain.MapDataset.source(turns)
 
     def read(batch):  # whole batches are gathered at once: one indexing per array, not one per example
         index = np.array([instead.get(i, i) for i in np.asarray(batch).tolist()])
@@ -129,18 +130,18 @@ class Turns:
         """The bucket of every batch of an epoch, and which of that bucket's batches it is."""
         before, after = np.array(self.full(epoch)), np.array(self.full(epoch + 1))
         turns = np.repeat(np.arange(len(before)), after - before)
-        turns = np.random.default_rng([self.seed, epoch]).permutation(turns)
+        turns = np.random.RandomState([self.seed, epoch]).permutation(turns)  # whose stream no numpy will change
         places = np.empty_like(turns)
         for k, first in enumerate(before):
             places[turns == k] = first + np.arange(np.sum(turns == k))
         return turns, places
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int):
         most = (i + len(self.sizes)) * self.batch_size // sum(self.sizes) + 2
         epoch = bisect.bisect_right(range(most), i, key=lambda e: sum(self.full(e))) - 1
         turns, places = self.turns(epoch)
         j = i - sum(self.full(epoch))
-        return self.orders[turns[j]][int(places[j])]
+        return self.orders[int(turns[j])][int(places[j])]
 
 
 def replacements(leave_out: Sequence[int], buckets: Sequence[np.ndarray]) -> dict[int, int]:

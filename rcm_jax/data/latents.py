@@ -157,7 +157,7 @@ class Latents:
         try:
             record = self.shards[shard][position]
         except RuntimeError as error:
-            raise ValueError(f"{where} cannot be read: {error}") from None
+            raise ValueError(f"{where} cannot be read: {error}; train.leave_out can leave it out") from None
         return records.decode(record, where), where
 
 

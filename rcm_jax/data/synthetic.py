@@ -45,7 +45,7 @@ class Noise:
 
     def __getitem__(self, rows):
         rows = np.asarray(rows)
-        cond = {name: self._some(rows, shape) for name, shape in self.config.conditions if name != "label"}
+        cond: dict = {name: self._some(rows, shape) for name, shape in self.config.conditions if name != "label"}
         if self.config.num_classes:
             cond["label"] = (rows % self.config.num_classes).astype(np.int32)
         return {"x0": self._some(rows, self.config.shape), "cond": cond}
