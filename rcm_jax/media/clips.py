@@ -51,7 +51,7 @@ def list_files(folder: str | os.PathLike) -> list[str]:
     place = as_path(folder)
     if not place.is_dir():
         raise ValueError(f"{folder} is no folder: videos and images are read from one")
-    names = [name for name in _names(place) if name.lower().endswith(VIDEOS + IMAGES)]
+    names = sorted(name for name in _names(place) if name.lower().endswith(VIDEOS + IMAGES))
     if not names:
         raise ValueError(f"{folder} has no video or image: they end in {' '.join(VIDEOS + IMAGES)}")
     return names
@@ -154,10 +154,16 @@ def _refuse(what: str, names: Sequence[str]) -> None:
         raise ValueError(f"{what} {', '.join(names[:3])}{', …' if len(names) > 3 else ''} ({len(names)} in all)")
 
 
-def _names(folder) -> list[str]:
-    """Of all files below a folder."""
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+def _names(folder, below: str = "") -> Iterator[str]:
+    """Of videos, images and .txt files in a folder and those below; of an object store, too, none is asked after."""
+    for path in (folder / below).iterdir():
+        name = below + path.name
+        if path.name.startswith("."):
+            continue
+        if name.lower().endswith((*VIDEOS, *IMAGES, ".txt")):
+            yield name
+        elif path.is_dir():
+            yield from _names(folder, f"{name}/")
 
 
 def _text(path) -> str:
