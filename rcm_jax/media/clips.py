@@ -241,9 +241,10 @@ def _picture(frame, size: tuple[int, int], aspect: float) -> np.ndarray:
 def _open_video(path) -> Iterator[tuple[Any, Any]]:
     """(file, video stream) of PyAV; what goes wrong is a ValueError that names the file."""
     av = require("av", "sample", "videos")
+    lenient = {"metadata_errors": "replace"} if av.__version__ < "19" else {}  # from 19 on it always is
     with as_path(path).open("rb") as opened:
         try:
-            with av.open(opened, metadata_errors="replace") as file:
+            with av.open(opened, **lenient) as file:
                 stream = file.streams.best("video")
                 if stream is None:
                     raise ValueError(f"{path} has no video in it: {REPAIR}")

@@ -231,6 +231,14 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
             read(tmp_path / "none.mp4")
 
 
+def test_a_title_in_another_encoding_does_no_harm(tmp_path):
+    path = write(tmp_path / "a.mp4", greys(3), change=lambda stream: stream.container.metadata.update(title="QQQQ"))
+    data = path.read_bytes()
+    assert b"QQQQ" in data
+    path.write_bytes(data.replace(b"QQQQ", b"\xff\xfe\xe9Q"))
+    assert probe(path)[:2] == (SIDE, 48) and numbers(read_clip(path, 0, 3, 10, (SIDE, 48))) == [0, 1, 2]
+
+
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(extras.importlib.sys.modules, "av", None)
     with pytest.raises(ValueError, match=r"av is not installed: pip install 'rcm-jax\[sample\]'"):
