@@ -113,6 +113,11 @@ def test_only_what_a_clip_needs_is_decoded(tmp_path, monkeypatch):
     assert len(seen) == 2 and 3 <= len(counted) <= 3 + 15  # a key frame at least a second before, to frame 37
 
 
+def test_where_a_search_finds_nothing_the_video_is_read_from_its_beginning(tmp_path):
+    path = write(tmp_path / "a.ts", greys(40))  # one key frame, and no index
+    assert numbers(read_clip(path, 3.5, 2, 10, (SIDE, 48))) == [35, 36]
+
+
 def quartered(height=48, width=SIDE):
     """Red left, blue right; the lower half of the right is green."""
     picture = plain(RED, height, width)
