@@ -51,7 +51,7 @@ def list_files(folder: str | os.PathLike) -> list[str]:
     place = as_path(folder)
     if not place.is_dir():
         raise ValueError(f"{folder} is no folder: videos and images are read from one")
-    names = [name for name in _names(place) if name.lower().endswith(VIDEOS + IMAGES)]
+    names = sorted(name for name in _names(place) if name.lower().endswith(VIDEOS + IMAGES))
     if not names:
         raise ValueError(f"{folder} has no video or image: they end in {' '.join(VIDEOS + IMAGES)}")
     return names
@@ -136,7 +136,7 @@ def read_captions(folder: str | os.PathLike, names: Sequence[str], table: str | 
         with futures.ThreadPoolExecutor(THREADS) as pool:
             captions = dict(zip(names, pool.map(lambda name: _text(place / places[name]), names), strict=True))
     else:
-        rows = [(_inside(place, file), caption) for file, caption in _rows(as_path(table))]
+        rows = list(_rows(as_path(table), f"{place}/"))
         captions, known = dict(rows), set(names)
         if len(captions) < len(rows):
             seen: set[str] = set()
@@ -154,10 +154,16 @@ def _refuse(what: str, names: Sequence[str]) -> None:
         raise ValueError(f"{what} {', '.join(names[:3])}{', …' if len(names) > 3 else ''} ({len(names)} in all)")
 
 
-def _names(folder) -> list[str]:
-    """Of all files below a folder."""
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+def _names(folder, below: str = "") -> Iterator[str]:
+    """Of videos, images and .txt files in a folder and those below; of an object store, too, none is asked after."""
+    for path in (folder / below).iterdir():
+        name = below + path.name
+        if path.name.startswith("."):
+            continue
+        if name.lower().endswith((*VIDEOS, *IMAGES, ".txt")):
+            yield name
+        elif path.is_dir():
+            yield from _names(folder, f"{name}/")
 
 
 def _text(path) -> str:
@@ -167,16 +173,11 @@ def _text(path) -> str:
         raise ValueError(f"{path} is not in UTF-8: {error}") from None
 
 
-def _inside(folder, file: str) -> str:
-    """A file as it is named relative to the folder."""
-    return pathlib.PurePosixPath(file.removeprefix(f"{folder}/")).as_posix()
-
-
-def _rows(table) -> Iterator[tuple[str, str]]:
-    """(file, caption) of the rows of a table."""
+def _rows(table, prefix: str) -> Iterator[tuple[str, str]]:
+    """(file, caption) of the rows of a table; files without the prefix that they may have."""
     lines = io.StringIO(_text(table), newline="")
     if table.suffix == ".jsonl":
-        rows = (_json(line, f"{table}, line {i}") for i, line in enumerate(lines, 1) if line.strip())
+        rows = (_json_object(line, f"{table}, line {i}") for i, line in enumerate(lines, 1) if line.strip())
     elif table.suffix in (".csv", ".tsv"):
         rows = csv.DictReader(lines, delimiter="," if table.suffix == ".csv" else "\t")
     else:
@@ -186,17 +187,14 @@ def _rows(table) -> Iterator[tuple[str, str]]:
         if not isinstance(file, str) or not isinstance(caption, str) or not file:
             wanted = " and one of ".join(", ".join(names) for names in COLUMNS.values())
             raise ValueError(f"{table}, row {i} has {', '.join(map(str, row))}; it must have text in one of {wanted}")
-        yield file, caption
+        yield pathlib.PurePosixPath(file.removeprefix(prefix)).as_posix(), caption
 
 
-def _json(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} must be an object with a file and a caption, got {line.strip():.100}")
-    return row
+def _json_object(line: str, where: str) -> dict:
+    with contextlib.suppress(json.JSONDecodeError):
+        if isinstance(row := json.loads(line), dict):
+            return row
+    raise ValueError(f"{where} must be a JSON object with a file and a caption, got {line.strip():.100}")
 
 
 def _is_image(path) -> bool:
@@ -243,20 +241,16 @@ def _picture(frame, size: tuple[int, int], aspect: float) -> np.ndarray:
 def _open_video(path) -> Iterator[tuple[Any, Any]]:
     """(file, video stream) of PyAV; what goes wrong is a ValueError that names the file."""
     av = require("av", "sample", "videos")
+    lenient = {"metadata_errors": "replace"} if av.__version__ < "19" else {}  # from 19 on it always is
     with as_path(path).open("rb") as opened:
         try:
-            with av.open(opened, metadata_errors="replace") as file:
+            with av.open(opened, **lenient) as file:
                 stream = file.streams.best("video")
                 if stream is None:
                     raise ValueError(f"{path} has no video in it: {REPAIR}")
                 yield file, stream
         except av.FFmpegError as error:
             raise ValueError(f"{path} cannot be read as a video ({error.strerror}): {REPAIR}") from None
-
-
-def _tick(stream) -> float:
-    """Seconds."""
-    return float(stream.time_base)
 
 
 def _pixel_aspect(stream) -> float:
@@ -271,18 +265,19 @@ def _quarters(frame) -> int:
 
 def _seconds(file, stream) -> float:
     """How long a video is. Containers that do not say so of the stream alone are searched for its last packets."""
-    if stream.duration is not None:
-        return stream.duration * _tick(stream)
-    file.seek(file.duration or 0)
-    frame = 1 / (float(stream.average_rate or 1) * _tick(stream))
-    ends = [packet.pts + (packet.duration or frame) for packet in file.demux(stream) if packet.pts is not None]
-    return (max(ends, default=0) - (stream.start_time or 0)) * _tick(stream)
+    tick, end = float(stream.time_base), stream.duration
+    if end is None:
+        file.seek(file.duration or 0)
+        frame = 1 / (float(stream.average_rate or 1) * tick)
+        ends = [packet.pts + (packet.duration or frame) for packet in file.demux(stream) if packet.pts is not None]
+        end = max(ends, default=0) - (stream.start_time or 0)
+    return end * tick
 
 
 def _stamped(path, file, stream, start: float) -> Iterator[tuple[float, Any]]:
     """(seconds, frame) in order, the first at `start` or earlier where there is one; last (the end, None)."""
     counted = file.format.name == "avi"  # its time stamps are those of decoding, and its rate is constant
-    tick, frame, end = _tick(stream), 1 / float(stream.average_rate or 1), 0.0
+    tick, frame, end = float(stream.time_base), 1 / float(stream.average_rate or 1), 0.0
     for i, shown in enumerate(file.decode(stream) if counted else _decode_from(file, stream, start)):
         if shown.pts is None:
             raise ValueError(f"{path} has frames without a time: {REPAIR}")
@@ -294,7 +289,7 @@ def _stamped(path, file, stream, start: float) -> Iterator[tuple[float, Any]]:
 
 def _decode_from(file, stream, start: float) -> Iterator:
     """The frames from a key frame on that is not after `start`."""
-    zero, tick = stream.start_time or 0, _tick(stream)
+    zero, tick = stream.start_time or 0, float(stream.time_base)
     if start > AHEAD:
         file.seek(zero + int((start - AHEAD) / tick), stream=stream)
         frames = file.decode(stream)

@@ -113,6 +113,11 @@ def test_only_what_a_clip_needs_is_decoded(tmp_path, monkeypatch):
     assert len(seen) == 2 and 3 <= len(counted) <= 3 + 15  # a key frame at least a second before, to frame 37
 
 
+def test_where_a_search_finds_nothing_the_video_is_read_from_its_beginning(tmp_path):
+    path = write(tmp_path / "a.ts", greys(40))  # one key frame, and no index
+    assert numbers(read_clip(path, 3.5, 2, 10, (SIDE, 48))) == [35, 36]
+
+
 def quartered(height=48, width=SIDE):
     """Red left, blue right; the lower half of the right is green."""
     picture = plain(RED, height, width)
@@ -231,6 +236,14 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
             read(tmp_path / "none.mp4")
 
 
+def test_a_title_in_another_encoding_does_no_harm(tmp_path):
+    path = write(tmp_path / "a.mp4", greys(3), change=lambda stream: stream.container.metadata.update(title="QQQQ"))
+    data = path.read_bytes()
+    assert b"QQQQ" in data
+    path.write_bytes(data.replace(b"QQQQ", b"\xff\xfe\xe9Q"))
+    assert probe(path)[:2] == (SIDE, 48) and numbers(read_clip(path, 0, 3, 10, (SIDE, 48))) == [0, 1, 2]
+
+
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(extras.importlib.sys.modules, "av", None)
     with pytest.raises(ValueError, match=r"av is not installed: pip install 'rcm-jax\[sample\]'"):
@@ -340,8 +353,12 @@ def test_tables_that_do_not_fit_the_folder_are_refused(folder, tmp_path, rows, m
     [
         ("c.csv", "name,caption\na.mp4,x\n", r"c\.csv, row 1 has name, caption; it must have text in one of path"),
         ("c.csv", "file,caption\na.mp4\n", "row 1 has file, caption"),
-        ("c.jsonl", '{"file": "a.mp4", "text": "x"}\n{"file": \n', r"c\.jsonl, line 2 is no JSON"),
-        ("c.jsonl", '["a.mp4", "x"]\n', r"line 1 must be an object with a file and a caption, got \["),
+        (
+            "c.jsonl",
+            '{"file": "a.mp4", "text": "x"}\n{"file": \n',
+            r'c\.jsonl, line 2 must be a JSON object with .*, got {"file":$',
+        ),
+        ("c.jsonl", '["a.mp4", "x"]\n', r"line 1 must be a JSON object with a file and a caption, got \["),
         ("c.jsonl", '{"file": "a.mp4", "text": ["x"]}\n', "row 1 has file, text; it must have text"),
         ("c.xlsx", "", r"c\.xlsx is no table of captions by its name: it must end in \.csv, \.tsv or \.jsonl"),
     ],
