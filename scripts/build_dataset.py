@@ -12,6 +12,8 @@ trains on it. SET/sheets shows some of it.
 """
 
 import common  # noqa: I001  (puts the checkout on the path)
+from collections.abc import Callable
+from typing import NamedTuple
 
 from absl import flags
 from tqdm import tqdm
@@ -68,9 +70,6 @@ FPS = flags.DEFINE_float("fps", None, "Frames in a second; the config's if not g
 CLIPS = flags.DEFINE_integer("clips", 1, "Clips of every video, at most, one after the other.", lower_bound=1)
 FIRST_FRAME = flags.DEFINE_bool("first_frame", False, "Add the condition y of image to video.")
 
-OF_PROMPTS = (TEACHER, EACH, SEED, STEPS, GUIDANCE, BATCH, SIZE)
-OF_VIDEOS = (CAPTIONS, BUCKETS, FPS, CLIPS, FIRST_FRAME)
-
 
 def main():
     """Builds, or goes on building, or verifies."""
@@ -78,16 +77,17 @@ def main():
         read_again()
         return
     run, kind = read_run(), read_kind()
-    round_trip = kind != "videos" if ROUND_TRIP.value is None else ROUND_TRIP.value
-    if (round_trip or kind == "videos") and not VAE.value:
+    round_trip = kind.sampled if ROUND_TRIP.value is None else ROUND_TRIP.value
+    encodes = round_trip or not kind.sampled
+    if encodes and not VAE.value:
         why = "the round trip of sampled latents (--noround_trip leaves it out)" if round_trip else "--videos"
         raise ValueError(f"{why} needs --vae: published weights of the Wan2.1 autoencoder")
     negative = read_negative(run.media)
     settings = {
         "text_encoder": TEXT_ENCODER.value, "negative_prompt": negative, "round_trip": round_trip,
-        "vae": VAE.value if round_trip or kind == "videos" else None, "dtype": DTYPE.value, "tile": TILE.value,
+        "vae": VAE.value if encodes else None, "dtype": DTYPE.value, "tile": TILE.value,
     }  # fmt: skip
-    plan = engine.make_plan(OUT.value, make_source(run, kind), SHARD.value, settings)
+    plan = engine.make_plan(OUT.value, kind.make(run), SHARD.value, settings)
     if not WORKER.value < WORKERS.value:
         raise ValueError(f"--worker={WORKER.value} must be below --workers={WORKERS.value}")
     encoder = check_files(run.media, negative)
@@ -137,21 +137,42 @@ def work(media, plan, negative: str | None, encoder: dict, round_trip: bool) -> 
         engine.build(plan, pending, job)
 
 
-def make_source(run, kind: str):
-    """What is asked for, as a source."""
-    if kind == "prompts":
-        return prompts(
-            run, needed(TEACHER), common.read_lines(PROMPTS.value), lambda: engine.read_uncond(OUT.value),
-            each=EACH.value, seed=SEED.value, steps=STEPS.value, guidance=GUIDANCE.value,
-            size=common.as_size("--size", SIZE.value), frames=FRAMES.value, batch=BATCH.value,
-        )  # fmt: skip
-    if kind == "videos":
-        return videos(
-            run, VAE.value, VIDEOS.value, captions=CAPTIONS.value, fps=FPS.value, frames=FRAMES.value,
-            buckets=[common.as_size("--buckets", size) for size in BUCKETS.value], clips=CLIPS.value,
-            first_frame=FIRST_FRAME.value, tile=TILE.value,
-        )  # fmt: skip
+def from_prompts(run):
+    """A teacher's samples."""
+    return prompts(
+        run, needed(TEACHER), common.read_lines(PROMPTS.value), lambda: engine.read_uncond(OUT.value), each=EACH.value,
+        seed=SEED.value, steps=STEPS.value, guidance=GUIDANCE.value, size=common.as_size("--size", SIZE.value),
+        frames=FRAMES.value, batch=BATCH.value,
+    )  # fmt: skip
+
+
+def from_videos(run):
+    """Videos and images, encoded."""
+    return videos(
+        run, VAE.value, VIDEOS.value, captions=CAPTIONS.value, fps=FPS.value, frames=FRAMES.value, clips=CLIPS.value,
+        buckets=[common.as_size("--buckets", size) for size in BUCKETS.value], first_frame=FIRST_FRAME.value,
+        tile=TILE.value,
+    )  # fmt: skip
+
+
+def from_shards(run):
+    """Latents that were published."""
     return shards(run, SHARDS.value)
+
+
+class Kind(NamedTuple):
+    """What makes a source of an experiment, and its own flags."""
+
+    make: Callable
+    flags: tuple
+    sampled: bool  # its latents are samples: they make the round trip unless told otherwise
+
+
+SOURCES = {
+    PROMPTS.name: Kind(from_prompts, (TEACHER, EACH, SEED, STEPS, GUIDANCE, BATCH, SIZE, FRAMES), sampled=True),
+    VIDEOS.name: Kind(from_videos, (CAPTIONS, BUCKETS, FPS, CLIPS, FIRST_FRAME, FRAMES), sampled=False),
+    SHARDS.name: Kind(from_shards, (), sampled=True),
+}
 
 
 def read_run():
@@ -164,15 +185,17 @@ def read_run():
     return run
 
 
-def read_kind() -> str:
-    """The one of the three sources that is asked for; ValueError for flags of another."""
-    asked = [flag.name for flag in (PROMPTS, VIDEOS, SHARDS) if flag.value]
+def read_kind() -> Kind:
+    """The one source that is asked for; ValueError for none, for several, and for flags of another."""
+    asked = [name for name in SOURCES if flags.FLAGS[name].value]
     if len(asked) != 1:
-        raise ValueError(f"one of --prompts, --videos and --shards is needed, got {' and '.join(asked) or 'none'}")
-    (kind,) = asked
-    unfit = {"prompts": OF_VIDEOS, "videos": OF_PROMPTS, "shards": (*OF_PROMPTS, *OF_VIDEOS, FRAMES)}[kind]
-    if wrong := [f"--{flag.name}" for flag in unfit if flag.present]:
-        raise ValueError(f"--{kind} takes no {', '.join(wrong)}")
+        known = ", ".join(f"--{name}" for name in SOURCES)
+        raise ValueError(f"one of {known} is needed, got {' and '.join(asked) or 'none'}")
+    kind = SOURCES[asked[0]]
+    own = {flag.name for flag in kind.flags}
+    others = {flag.name: flag.present for other in SOURCES.values() for flag in other.flags}
+    if wrong := [f"--{name}" for name, present in others.items() if present and name not in own]:
+        raise ValueError(f"--{asked[0]} takes no {', '.join(wrong)}")
     return kind
 
 

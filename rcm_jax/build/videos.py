@@ -59,13 +59,15 @@ def videos(
     for shape in shapes.values():
         check_conditions(run.model, shape, {"y": (*shape[:-1], stride[0] + config.z_dim)} if first_frame else {})
     open_weights(config, vae_path)
-    prompts, items, bad = read_captions(place, names, captions), [], {}
-    for name, prompt, found in zip(names, prompts, _probe_all(place, names, count, rate), strict=True):
-        if isinstance(found, str):
-            bad[name] = found
-            continue
-        shape = shapes[bucket_of(found.width, found.height, sizes)]
-        items += [_item(name, prompt, shape, found, start) for start in _starts(found, count, rate)[:clips]]
+    captioned = dict(zip(names, read_captions(place, names, captions), strict=True))
+    found = dict(zip(names, _probe_all(place, names, count, rate), strict=True))
+    bad = {name: problem for name, problem in found.items() if isinstance(problem, str)}
+    items = [
+        _item(name, captioned[name], shapes[bucket_of(footage.width, footage.height, sizes)], footage, start)
+        for name, footage in found.items()
+        if isinstance(footage, Footage)
+        for start in _starts(footage, count, rate)[:clips]
+    ]
 
     @functools.cache
     def encoder():
