@@ -42,11 +42,8 @@ def videos(
       first_frame: each example has y, the condition of image to video.
       tile: bounds the memory of the device, as in vae.encode.
 
-    Files that cannot be read or are too short are `bad`.
-
-    Raises:
-      ValueError: sizes that cannot be, other conditions than the network takes, captions that are missing or left
-        over: those are named.
+    Files that cannot be read or are too short are `bad`. ValueError for sizes that cannot be, other conditions than the
+    network takes, captions that are missing or left over: those are named.
     """
     t, h, w, _ = prompts_dataset(run, None, frames).sample_shape
     media: Any = run.media
@@ -59,15 +56,14 @@ def videos(
     for shape in shapes.values():
         check_conditions(run.model, shape, {"y": (*shape[:-1], stride[0] + config.z_dim)} if first_frame else {})
     open_weights(config, vae_path)
-    captioned = dict(zip(names, read_captions(place, names, captions), strict=True))
-    found = dict(zip(names, _probe_all(place, names, count, rate), strict=True))
-    bad = {name: problem for name, problem in found.items() if isinstance(problem, str)}
-    items = [
-        _item(name, captioned[name], shapes[bucket_of(footage.width, footage.height, sizes)], footage, start)
-        for name, footage in found.items()
-        if isinstance(footage, Footage)
-        for start in _starts(footage, count, rate)[:clips]
-    ]
+    prompts = dict(zip(names, read_captions(place, names, captions), strict=True))
+    items, bad = [], {}
+    for name, found in zip(names, _probe_all(place, names, count, rate), strict=True):
+        if isinstance(found, str):
+            bad[name] = found
+        else:
+            shape = shapes[bucket_of(found.width, found.height, sizes)]
+            items += [_item(name, prompts[name], shape, found, start) for start in _starts(found, count, rate)[:clips]]
 
     @functools.cache
     def encoder():
@@ -83,11 +79,8 @@ def videos(
         x0 = np.asarray(vae.encode(config, encoder(), pixels[None], tile=tile)[0], np.float32)
         return [{"x0": x0} | ({"y": condition_of(config, encoder(), pixels[0], t, tile=tile)} if first_frame else {})]
 
-    settings = {
-        "kind": "videos", "frames": count, "fps": rate, "clips": clips, "buckets": [list(size) for size in sizes],
-        "first_frame": first_frame, "tile": tile,
-        "vae": os.fspath(vae_path), "vae_bytes": _bytes(vae_path), "vae_config": repr(config),
-    }  # fmt: skip
+    settings = {"kind": "videos", "frames": count, "fps": rate, "clips": clips, "buckets": [list(s) for s in sizes]}
+    settings |= {"first_frame": first_frame, "tile": tile, "vae": os.fspath(vae_path), "vae_bytes": _bytes(vae_path)}
     return Source(items, settings, make, prepare, bad=bad)
 
 
