@@ -26,6 +26,7 @@ from rcm_jax.build.videos import videos
 from rcm_jax.data.latents import read_set
 from rcm_jax.run import texts
 from rcm_jax.run.pixels import open_weights
+from rcm_jax.util.config import revise, to_mapping
 
 CONFIG = common.config_flag("The experiment that the set is for: it says what is sampled, and how text is embedded.")
 OUT = flags.DEFINE_string(
@@ -86,6 +87,7 @@ def main():
     settings = {
         "text_encoder": TEXT_ENCODER.value, "negative_prompt": negative, "round_trip": round_trip,
         "vae": VAE.value if encodes else None, "dtype": DTYPE.value, "tile": TILE.value,
+        "media": to_mapping(revise(run.media, {"vae_path": ""})),
     }  # fmt: skip
     plan = engine.make_plan(OUT.value, kind.make(run), SHARD.value, settings)
     if not WORKER.value < WORKERS.value:
