@@ -34,7 +34,9 @@ HEARTBEAT = flags.DEFINE_integer(
 )
 RECIPE = flags.DEFINE_string("recipe", None, "Several methods, one after another: a name in configs/methods.RECIPES.")
 PROFILE = flags.DEFINE_string("profile", None, "START:END, steps of the distillation: a trace goes to DIR/profile.")
-CACHE = flags.DEFINE_string("cache", None, "Folder of compiled programs; none if empty. Not given: DIR/cache, or (DIR in a store) one of this machine.")
+CACHE = flags.DEFINE_string(
+    "cache", None, "Folder of compiled programs; DIR/cache, or of this machine where DIR is in a store; empty: none."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 

@@ -8,7 +8,7 @@ import pytest
 
 
 def s3() -> Iterator:
-    """As a fixture: a function name -> the path of a new bucket. The environment says where the server is, and who asks.
+    """As a fixture: a function name -> the path of a new bucket. The environment names the server.
 
     Of one worker there is one server: clients that are kept know its address.
     """

@@ -58,7 +58,8 @@ def open_tensors(path: str | os.PathLike) -> dict[str, LazyTensor]:
         return _open_safetensors(local(place))
     if place.suffix in TORCH:
         return open_torch_file(local(place))
-    raise ValueError(f"{place} is no checkpoint by its name: it must end in .safetensors, {INDEX}, {' or '.join(TORCH)}")
+    endings = f".safetensors, {INDEX}, {' or '.join(TORCH)}"
+    raise ValueError(f"{place} is no checkpoint by its name: it must end in {endings}")
 
 
 def _only_checkpoint(folder):

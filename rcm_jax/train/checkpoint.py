@@ -26,9 +26,7 @@ def open_manager(workdir, keep: int | None = None, asynchronous: bool = False) -
     until they are written. A checkpoint is there when it is whole.
     """
     tidy = keep is not None and stored(as_path(workdir))  # whoever only reads must not take another's unfinished save
-    options = _options(
-        workdir, max_to_keep=keep, enable_async_checkpointing=asynchronous, cleanup_tmp_directories=tidy
-    )
+    options = _options(workdir, max_to_keep=keep, enable_async_checkpointing=asynchronous, cleanup_tmp_directories=tidy)
     return ocp.CheckpointManager(_checkpoints(workdir), options=options)
 
 

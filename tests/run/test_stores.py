@@ -1,13 +1,13 @@
 """Runs whose workdir, teacher and weights lie in an object store: the same numbers as on a disk."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
 
 from rcm_jax.convert.files import open_tensors, write_tensors
-from rcm_jax.evaluate import mixture_report
+from rcm_jax.evaluate import curves
+from rcm_jax.evaluate.page import previews_of
+from rcm_jax.evaluate.report import write_report
 from rcm_jax.run import pipeline, workdir
 from rcm_jax.run.experiment import Predictor
 from rcm_jax.train import checkpoint
@@ -21,6 +21,11 @@ from tests.stores import contents
 fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compilation)
 
 
+def scm(**train):
+    """The shortest run: sCM of the exact teacher, from random parameters."""
+    return revise(run("scm", keep=2, **train), {"pretrain": None})
+
+
 @pytest.fixture(scope="module")
 def bucket(s3):
     return s3("runs")
@@ -28,14 +33,16 @@ def bucket(s3):
 
 @pytest.fixture(scope="module")
 def trained(bucket, tmp_path_factory):
-    """(a run on this disk, the same in the store: stopped, and gone on with where its last two checkpoints are not whole)."""
-    here = pipeline.train(run(), tmp_path_factory.mktemp("here") / "run")
-    there = f"{bucket}/run"
-    pipeline.train(run(steps=5, keep=3), there)
-    for step in ("4", "5"):  # as if their upload had been interrupted
-        (as_path(there) / "checkpoints" / step / "commit_success.txt").unlink()
+    """(a run on this disk, the same in the store: stopped, and gone on with from half a checkpoint)."""
+    programs, there = tmp_path_factory.mktemp("programs"), f"{bucket}/run"
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    here = pipeline.train(scm(), tmp_path_factory.mktemp("here") / "run", cache=programs)
+    pipeline.train(scm(steps=4), there)
+    (as_path(there) / "checkpoints" / "4" / "commit_success.txt").unlink()  # as if its upload had been interrupted
     assert checkpoint.params_of(there, "ema")[1] == 2
-    return here, pipeline.train(run(asynchronous=True), there)
+    yield here, pipeline.train(scm(asynchronous=True), there)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
+    jax.config.update("jax_compilation_cache_dir", None)
 
 
 def test_a_run_that_goes_on_in_a_store_ends_in_the_bits_of_one_on_a_disk(trained):
@@ -43,49 +50,48 @@ def test_a_run_that_goes_on_in_a_store_ends_in_the_bits_of_one_on_a_disk(trained
     tiny.assert_trees_equal(there.state.ema, here.state.ema)
     tiny.assert_trees_equal(there.state.student, here.state.student)
     assert str(there.folder) == "s3://runs/run"
-    assert there.teacher_folder == there.folder / "teacher"
     for name in ("ema", "student"):
         stored, step = checkpoint.restore_params(there.folder, name)
         assert step == 6
         tiny.assert_trees_equal(stored, checkpoint.restore_params(here.folder, name)[0])
-    for folder in ("", "teacher"):
-        assert read_metrics(there.folder / folder) == read_metrics(here.folder / folder)
+    assert len(read_metrics(there.folder)) == 6 and read_metrics(there.folder) == read_metrics(here.folder)
     assert [row["step"] for row in read_pace(there.folder)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_in_a_store_lies_what_lies_on_a_disk_and_old_checkpoints_go(trained):
-    here, there = trained
+    here = trained[0]
 
     def shape(names):
-        return {name for name in names if not name.startswith(("checkpoints", "teacher/checkpoints"))}
+        return {name for name in names if not name.startswith(("checkpoints", "tensorboard"))}
 
     in_store = contents("s3://runs/run")
     on_disk = [path.relative_to(here.folder).as_posix() for path in here.folder.rglob("*") if path.is_file()]
-    events = [name for name in in_store if "tfevents" in name]
-    assert len([name for name in events if not name.startswith("teacher")]) == 2  # one for each start
-    assert shape(in_store) - set(events) == {name for name in shape(on_disk) if "tfevents" not in name}
+    assert len([name for name in in_store if "tfevents" in name]) == 2  # one for each start
+    assert shape(in_store) == shape(on_disk)
     steps = {name.split("/")[1] for name in in_store if name.startswith("checkpoints/")}
     assert steps == {"4", "6"}
-    assert json.loads(in_store["config.json"]) == json.loads(contents("s3://runs/run")["config.json"])
 
 
 def test_another_config_is_refused_by_the_claim_of_a_store(trained):
     with pytest.raises(ValueError, match=r"workdir s3://runs/run belongs to another config: config.seed is 0 there"):
-        pipeline.train(revise(run(), {"seed": 7}), "s3://runs/run")
+        pipeline.train(revise(scm(), {"seed": 7}), "s3://runs/run")
 
 
-def test_a_teacher_in_a_store_teaches_a_run_on_a_disk(trained, tmp_path):
+def test_a_run_in_a_store_can_be_what_another_starts_from(trained):
     here, there = trained
-    done = pipeline.train(run("", str(there.teacher_folder)), tmp_path / "run")
-    tiny.assert_trees_equal(done.teacher.params, here.teacher.params)
+    starts = pipeline.read_starts(there.program._replace(run=revise(scm(), {"start": str(there.folder)})))
+    tiny.assert_trees_equal(starts["student"], here.state.ema)
 
 
-def test_the_report_of_a_run_in_a_store_lies_beside_it(trained):
-    here, there = trained
-    assert mixture_report.write_scatter_report(there) == mixture_report.write_scatter_report(here)
-    report = contents("s3://runs/run/report")
-    assert sorted(report) == ["index.html", "report.json", "report.png"]
-    assert json.loads(report["report.json"])["rows"] == json.loads((here.folder / "report/report.json").read_text())["rows"]
+def test_a_report_lies_in_a_store_with_the_previews_that_lie_there(trained):
+    there = trained[1]
+    previews = previews_of(there.folder)
+    assert [(step, str(path)) for step, path in previews][-1] == (6, "s3://runs/run/samples/00000006.png")
+    write_report(
+        there.folder / "report", panels={}, curves=curves.of_training(there.folder), rows={},
+        title="A run", previews=previews,
+    )  # fmt: skip
+    assert sorted(contents("s3://runs/run/report")) == ["index.html", "report.json", "report.png"]
 
 
 # --- weights that were not trained here
@@ -107,6 +113,9 @@ def test_converted_weights_are_written_to_a_store_with_their_claim_last(bucket, 
     tiny.assert_trees_equal(checkpoint.restore_params(f"{bucket}/converted", "ema")[0], params)
     with pytest.raises(ValueError, match="is there and not an empty folder"):
         workdir.write_converted(f"{bucket}/converted", config, params)
+    (as_path(bucket) / "converted/checkpoints/0/commit_success.txt").unlink()
+    with pytest.raises(ValueError, match="no checkpoint of any step in s3://runs/converted"):
+        checkpoint.params_of(f"{bucket}/converted", "ema")
 
 
 @pytest.mark.parametrize("shard_bytes", [float("inf"), 100])

@@ -7,7 +7,16 @@ import fsspec
 import pytest
 
 from rcm_jax.util import files, mirror
-from rcm_jax.util.files import as_path, check_new_folder, check_writable, local, new_folder, stored, write_text, write_whole
+from rcm_jax.util.files import (
+    as_path,
+    check_new_folder,
+    check_writable,
+    local,
+    new_folder,
+    stored,
+    write_text,
+    write_whole,
+)
 from rcm_jax.util.mirror import Mirror
 from tests.stores import contents
 
