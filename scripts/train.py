@@ -35,7 +35,7 @@ HEARTBEAT = flags.DEFINE_integer(
 RECIPE = flags.DEFINE_string("recipe", None, "Several methods, one after another: a name in configs/methods.RECIPES.")
 PROFILE = flags.DEFINE_string("profile", None, "START:END, steps of the distillation: a trace goes to DIR/profile.")
 CACHE = flags.DEFINE_string(
-    "cache", None, "Folder of compiled programs; DIR/cache, or of this machine where DIR is in a store; empty: none."
+    "cache", None, "Folder of compiled programs; none if empty. By default DIR/cache, or one here for a DIR in a store."
 )
 flags.mark_flags_as_required(["config", "workdir"])
 

@@ -52,7 +52,9 @@ def _teach_s3() -> None:
     build = tensorstore_utils.build_kvstore_tspec
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    s3 = {"driver": "s3"} | ({"endpoint": endpoint, "aws_region": region} if endpoint else {})
+    s3: dict = {"driver": "s3"} | ({"endpoint": endpoint, "aws_region": region} if endpoint else {})
+    if os.environ.get("AWS_ACCESS_KEY_ID"):  # it would first complain, again and again, that there is no ~/.aws
+        s3["aws_credentials"] = {"type": "environment"}
 
     def moved(spec):
         if not isinstance(spec, dict):

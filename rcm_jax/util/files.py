@@ -131,9 +131,12 @@ def write_whole(path: str | os.PathLike, write: Callable[[pathlib.Path], object]
 
 
 def upload(source: pathlib.Path, path) -> None:
-    """A file to an object store, where it is seen when it is whole."""
+    """A file to an object store, where it is seen when it is whole; OSError that names it."""
     store, name = store_of(path)
-    store.put_file(str(source), name)
+    try:
+        store.put_file(str(source), name)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -148,7 +151,7 @@ def check_writable(path: str | os.PathLike) -> None:
         raise IsADirectoryError(f"{place} is a folder: name a file")
     if stored(place):
         probe = place.with_name(f".{place.name}.{os.getpid()}")
-        probe.write_bytes(b"")
+        write_text(probe, "")
         probe.unlink()
         return
     place.parent.mkdir(parents=True, exist_ok=True)
