@@ -121,7 +121,9 @@ def as_size(name: str, text: str | None) -> tuple[int, int] | None:
 
 def read_lines(path: str) -> list[str]:
     """The prompts in a file, one on each line; ValueError if there is none."""
-    lines = [line.strip() for line in pathlib.Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    from rcm_jax.util.files import local
+
+    lines = [line.strip() for line in local(path).read_text(encoding="utf-8-sig").splitlines()]
     if not any(lines):
         raise ValueError(f"{path} holds no prompt: it must have one on a line")
     return [line for line in lines if line]

@@ -8,7 +8,6 @@ on the same DIR it goes on where it was stopped.
 
 import common  # noqa: I001  (puts the checkout on the path)
 import math
-import pathlib
 import time
 
 import jax
@@ -24,6 +23,7 @@ from rcm_jax.run.experiment import Experiment
 from rcm_jax.train import checkpoint, trainer
 from rcm_jax.train.steps import student_updates
 from rcm_jax.util.config import revise
+from rcm_jax.util.files import as_path
 
 CONFIG = common.config_flag("A config of rCM on a mixture.", default=str(common.CONFIGS / "mixture.py"))
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs and the comparison go.")
@@ -52,7 +52,7 @@ def variants(run: Experiment, method: str, weight: float | None, seed: int, teac
     }
 
 
-def run_seed(run: Experiment, folder: pathlib.Path, seed: int, chosen):
+def run_seed(run: Experiment, folder, seed: int, chosen):
     """Yields (name, judge, trained, updates of the student before) of every run."""
     teacher, judge = "", None
     for place in chosen:
@@ -85,7 +85,7 @@ def main():
         raise ValueError("--config must be of rCM on a mixture: the other methods are made from it, so name none")
     if unknown := [place for place in CHOSEN.value if place not in RUNS]:
         raise ValueError(f"--runs={unknown[0]} is none of {', '.join(RUNS)}")
-    folder = pathlib.Path(WORKDIR.value)
+    folder = as_path(WORKDIR.value)
     results, pictures, curves = {mixture_report.FLOOR: []}, {}, {}
     try:
         for seed in map(int, SEEDS.value):

@@ -5,7 +5,6 @@ of cosmos-predict2 or of diffusers; which one is seen by the names. DIR becomes 
 """
 
 import common  # noqa: I001  (puts the checkout on the path)
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +30,7 @@ def main():
     jax.config.update("jax_platforms", "cpu")  # leave accelerators to whoever trains on them
     kind, config = convert.named(MODEL.value)
     check_new_folder(DST.value)
-    tensors = open_tensors(pathlib.Path(SRC.value))
+    tensors = open_tensors(SRC.value)
     if PREFIX.present:
         tensors = convert.under_prefix(tensors, PREFIX.value)
     tensors = convert.parameters(kind, tensors)

@@ -14,7 +14,6 @@ In Python: rcm_jax.load(DIR, …)(prompts, seeds).
 
 import common  # noqa: I001  (puts the checkout on the path)
 import contextlib
-import pathlib
 import time
 
 import numpy as np
@@ -26,7 +25,7 @@ from rcm_jax.evaluate.page import write_page
 from rcm_jax.evaluate.report import in_steps
 from rcm_jax.media import video
 from rcm_jax.run import generate
-from rcm_jax.util.files import check_writable
+from rcm_jax.util.files import as_path, check_writable
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir of scripts/train.py or convert_checkpoint.py.")
 STEP = flags.DEFINE_integer("checkpoint_step", None, "Training step of the checkpoint; the newest if not given.")
@@ -61,7 +60,7 @@ def main():
     """Checks everything, samples, and writes the files."""
     clock = {}
     with timed(clock, "checks"):
-        seeds, out = read_seeds(), pathlib.Path(OUT.value)
+        seeds, out = read_seeds(), as_path(OUT.value)
         config = None if CONFIG.value is None else common.experiment(CONFIG)
         generator = rcm_jax.load(
             CHECKPOINT.value, step=STEP.value, mode=MODE.value, config=config,
@@ -89,7 +88,7 @@ def main():
         samples = generate.sample(wanted, given, progress.update)
     with timed(clock, "writing"), tqdm(desc="writing", unit="file", **bar) as progress:
         as_page = SHEET.value is not None and SHEET.value.endswith(".html")
-        paths = samples.save(out, None if as_page else SHEET.value, tile=TILE.value, tick=progress.update)
+        paths = samples.save(OUT.value, None if as_page else SHEET.value, tile=TILE.value, tick=progress.update)
         if as_page:
             write_sheet(SHEET.value, wanted, paths)
     several = f" … {paths[-1]}" if len(paths) > 1 else ""
@@ -104,7 +103,7 @@ def check_flags(generator) -> None:
         raise ValueError(f"{CHECKPOINT.value} samples from {kind}: no {', '.join(wrong)}")
 
 
-def check_names(generator, out: pathlib.Path) -> None:
+def check_names(generator, out) -> None:
     """ValueError for names whose suffix does not fit what is written."""
     if generator.media is None and out.suffix not in (".png", ".safetensors"):
         raise ValueError(f"--out={out} must end in .png or .safetensors")

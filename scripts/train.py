@@ -10,7 +10,6 @@ is who, else with --coordinator=HOST:PORT --processes=N --process=I. DIR must be
 """
 
 import common  # noqa: I001  (puts the checkout on the path)
-import pathlib
 import re
 import time
 
@@ -22,6 +21,7 @@ from rcm_jax.parallel import distributed
 from rcm_jax.run import pipeline
 from rcm_jax.train import trainer
 from rcm_jax.util.config import revise
+from rcm_jax.util.files import as_path, cache_folder, stored
 
 CONFIG = common.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics, samples and the report go.")
@@ -34,7 +34,9 @@ HEARTBEAT = flags.DEFINE_integer(
 )
 RECIPE = flags.DEFINE_string("recipe", None, "Several methods, one after another: a name in configs/methods.RECIPES.")
 PROFILE = flags.DEFINE_string("profile", None, "START:END, steps of the distillation: a trace goes to DIR/profile.")
-CACHE = flags.DEFINE_string("cache", None, "Folder of compiled programs; DIR/cache if not given, none if empty.")
+CACHE = flags.DEFINE_string(
+    "cache", None, "Folder of compiled programs; none if empty. By default DIR/cache, or one here for a DIR in a store."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -65,7 +67,7 @@ def train_all(say):
         return
     if PROFILE.value:
         raise ValueError("--profile is for one training: leave --recipe out, or --profile")
-    folder, start, teacher = pathlib.Path(WORKDIR.value), run.start, run.teacher
+    folder, start, teacher = as_path(WORKDIR.value), run.start, run.teacher
     for name, stage in methods.stages(run, RECIPE.value).items():
         say(f"{name}: {stage.rcm.name}, {stage.train.steps} iterations")
         run = revise(stage, {"start": start, "teacher": teacher})
@@ -83,11 +85,13 @@ def read_profile() -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def read_cache() -> pathlib.Path | None:
+def read_cache():
     """The folder of --cache; None if there is to be none, or if JAX knows one already (JAX_COMPILATION_CACHE_DIR)."""
     if CACHE.value is None:
-        return None if jax.config.jax_compilation_cache_dir else pathlib.Path(WORKDIR.value) / "cache"
-    return pathlib.Path(CACHE.value) if CACHE.value else None
+        folder = as_path(WORKDIR.value)
+        ours = cache_folder() / "programs" if stored(folder) else folder / "cache"
+        return None if jax.config.jax_compilation_cache_dir else ours
+    return as_path(CACHE.value) if CACHE.value else None
 
 
 def report(trained, started: float, say) -> None:

@@ -13,6 +13,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 import pytest
 
+from tests import stores
+
 GOLDEN = pathlib.Path(os.environ.get("RCM_GOLDEN", pathlib.Path(__file__).parent / "golden"))
 
 
@@ -25,6 +27,9 @@ def pytest_collection_modifyitems(items):
 def golden() -> pathlib.Path:
     """Folder of the reference values (see tests/golden/README.md)."""
     return GOLDEN
+
+
+s3 = pytest.fixture(scope="session")(stores.s3)
 
 
 @pytest.fixture(scope="module", autouse=True)

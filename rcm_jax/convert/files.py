@@ -17,7 +17,7 @@ import safetensors
 
 from rcm_jax.convert.lazy import LazyTensor
 from rcm_jax.convert.torch_file import open_torch_file
-from rcm_jax.util.files import new_folder
+from rcm_jax.util.files import as_path, local, new_folder
 
 INDEX = ".safetensors.index.json"
 TORCH = (".pth", ".pt", ".bin")
@@ -44,20 +44,22 @@ NOTHING: Mapping[str, str] = types.MappingProxyType({})
 def open_tensors(path: str | os.PathLike) -> dict[str, LazyTensor]:
     """{name: tensor} of a .safetensors, .pth, .pt or .bin file, of a *.safetensors.index.json, or of a folder with one.
 
+    Files of an object store are copied to the cache of this machine first.
     Raises ValueError for files that are damaged, that disagree, or of which there is more than one to choose from.
     """
-    path = pathlib.Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.is_dir():
-        path = _only_checkpoint(path)
-    if path.name.endswith(INDEX):
-        return _open_index(path)
-    if path.suffix == ".safetensors":
-        return _open_safetensors(path)
-    if path.suffix in TORCH:
-        return open_torch_file(path)
-    raise ValueError(f"{path} is no checkpoint by its name: it must end in .safetensors, {INDEX}, {' or '.join(TORCH)}")
+    place = as_path(path)
+    if not place.exists():
+        raise FileNotFoundError(f"{place}: no such file or folder")
+    if place.is_dir():
+        place = _only_checkpoint(place)
+    if place.name.endswith(INDEX):
+        return _open_index(place)
+    if place.suffix == ".safetensors":
+        return _open_safetensors(local(place))
+    if place.suffix in TORCH:
+        return open_torch_file(local(place))
+    endings = f".safetensors, {INDEX}, {' or '.join(TORCH)}"
+    raise ValueError(f"{place} is no checkpoint by its name: it must end in {endings}")
 
 
 def _only_checkpoint(folder):
@@ -121,7 +123,7 @@ def _open_index(path):
             problems.append(f"{shard} is missing")
             continue
         try:
-            held = _open_safetensors(path.parent / shard)
+            held = _open_safetensors(local(path.parent / shard))
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -184,7 +186,7 @@ def write_tensors(
         places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": sum(map(_nbytes, tensors.values()))}, "weight_map": places}
         texts = {f"{stem}{INDEX}": json.dumps(index, indent=2) + "\n"} | texts
-    with new_folder(folder) as temporary:
+    with new_folder(folder, last=[*names, *texts][-1]) as temporary:
         for name, shard in zip(names, shards, strict=True):
             _write_file(temporary / name, {tensor: tensors[tensor] for tensor in shard}, metadata, progress)
         for name, text in texts.items():

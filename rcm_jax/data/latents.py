@@ -23,7 +23,7 @@ import numpy as np
 
 from rcm_jax.data import records
 from rcm_jax.data.dataset import Dataset
-from rcm_jax.util.files import as_path, new_folder, write_text
+from rcm_jax.util.files import as_path, new_folder, stored, write_text
 
 UNCOND, SET = "uncond.safetensors", "set.json"
 SHARD = re.compile(r"latents-(\d{5,})-of-(\d{5,})\.array_record")
@@ -72,33 +72,42 @@ class Latents:
 
     def __init__(self, folder, shape: Sequence[int]):
         self.paths, self.frames = shard_paths(folder), shape[0]
-        with futures.ThreadPoolExecutor(16) as pool:
-            self.shards = list(pool.map(records.open_shard, self.paths))
-        counts = [len(shard) for shard in self.shards]  # pyright: ignore[reportArgumentType]
+        self.opened: dict[int, Any] = {}
+        shards = read_set(folder)["shards"] if (folder / SET).exists() else None
+        counts = self._counts(folder, shards)
         self.ends = list(itertools.accumulate(counts))
         if not len(self):
             raise ValueError(f"{folder} holds no example: its {len(self.paths)} files are empty")
         self.kinds = None
-        self.stored_shapes = self._shapes(folder, counts)
+        if shards is None:  # sets of one shape, written before there was a set.json
+            tensors, where = self._read(0)
+            records.check_x0(tensors, where)
+            self.stored_shapes = [tensors["x0"].shape] * len(counts)
+        else:
+            self.stored_shapes = [tuple(shard["shape"]) for shard in shards]
         self.buckets = self._buckets(tuple(shape), counts)
         self.first = {}
         for rows in reversed(self.buckets):
             self.first = self._example(int(rows[0]))  # at last of `shape`
 
-    def _shapes(self, folder, counts) -> list[tuple[int, ...]]:
-        """Of x0 in every file, as it is stored."""
-        if not (folder / SET).exists():  # sets of one shape, written before there was one
-            tensors, where = self._read(0)
-            records.check_x0(tensors, where)
-            return [tensors["x0"].shape] * len(counts)
-        shards = read_set(folder)["shards"]
-        told = [shard["examples"] for shard in shards] + [None] * (len(counts) - len(shards))
-        wrong = [
-            f"{path.name} has {n}, not {m}" for path, n, m in zip(self.paths, counts, told, strict=False) if n != m
-        ]
-        if wrong or len(shards) != len(counts):
+    def shard(self, i: int) -> Any:
+        """The records of a file, which is opened when they are first asked for."""
+        if i not in self.opened:
+            self.opened[i] = records.open_shard(self.paths[i])
+        return self.opened[i]
+
+    def _counts(self, folder, shards: list[dict] | None) -> list[int]:
+        """How many examples each file has. Those of an object store are not looked into before they are read."""
+        told = [] if shards is None else [shard["examples"] for shard in shards]
+        if shards is not None and stored(folder) and len(told) == len(self.paths):
+            return told
+        with futures.ThreadPoolExecutor(16) as pool:
+            counts = list(pool.map(lambda i: len(self.shard(i)), range(len(self.paths))))
+        pairs = zip(self.paths, counts, [*told, *[None] * len(counts)], strict=False)
+        wrong = [f"{path.name} has {n}, not {m}" for path, n, m in pairs if n != m]
+        if shards is not None and (wrong or len(told) != len(counts)):
             raise ValueError(f"{folder} is not what its {SET} says: {'; '.join(wrong[:3]) or 'files are missing'}")
-        return [tuple(shard["shape"]) for shard in shards]
+        return counts
 
     def _buckets(self, wanted: tuple[int, ...], counts) -> list[np.ndarray]:
         """The rows of every shape, cut to `frames`; those of the wanted one first."""
@@ -155,7 +164,7 @@ class Latents:
         position = row - (self.ends[shard - 1] if shard else 0)
         where = f"{self.paths[shard]}: record {position} (example {row})"
         try:
-            record = self.shards[shard][position]
+            record = self.shard(shard)[position]
         except RuntimeError as error:
             raise ValueError(f"{where} cannot be read: {error}; train.leave_out can leave it out") from None
         return records.decode(record, where), where
@@ -211,7 +220,7 @@ def write(
     """
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes {shard_bytes} must be at least 1")
-    with new_folder(folder) as temporary:
+    with new_folder(folder, last=SET) as temporary:
         uncond = records.as_arrays(uncond, UNCOND)
         (temporary / UNCOND).write_bytes(records.encode(uncond))
         return _write_shards(temporary, _checked(examples, uncond, first := {}), first, shard_bytes)

@@ -5,7 +5,6 @@ import contextlib
 import hashlib
 import math
 import os
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -15,6 +14,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
+
+from rcm_jax.util.files import local
 
 # A group of one: a random read does not read its neighbours. Latents barely compress, and are read faster plain.
 OPTIONS = "group_size:1,uncompressed"
@@ -141,9 +142,9 @@ def _disk_errors(path):
         raise OSError(f"cannot write {path}: {error}") from None
 
 
-def open_shard(path: pathlib.Path) -> grain.sources.ArrayRecordDataSource:
-    """Records by their places; ValueError for a file that is damaged."""
+def open_shard(path) -> grain.sources.ArrayRecordDataSource:
+    """Records by their places; ValueError for a file that is damaged. Of an object store a copy is read."""
     try:
-        return grain.sources.ArrayRecordDataSource(str(path))
+        return grain.sources.ArrayRecordDataSource(str(local(path)))
     except RuntimeError as error:
         raise ValueError(f"{path} is damaged or no array_record file: {error}") from None

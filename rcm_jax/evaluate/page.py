@@ -9,9 +9,9 @@ import importlib.resources
 import json
 import math
 import os
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from rcm_jax.evaluate import series
 from rcm_jax.evaluate.table import COLUMNS, Rows, cells
 from rcm_jax.media.picture import GREY, INK, PAPER, RULE, SERIES, encode_png
 from rcm_jax.util.config import flatten
-from rcm_jax.util.files import write_text
+from rcm_jax.util.files import as_path, size, write_text
 
 TYPES = {".png": "image/png", ".mp4": "video/mp4"}
 MOST, BYTES = 60, 20e6  # of previews on one page; in base64 they are a third larger
@@ -73,20 +73,20 @@ def write_page(
     write_text(path, re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template))
 
 
-def previews_of(folder: str | os.PathLike) -> list[tuple[int, pathlib.Path]]:
+def previews_of(folder: str | os.PathLike) -> list[tuple[int, Any]]:
     """(step, path) of what was drawn while a workdir was trained, samples/STEP.mp4 or STEP.png, by rising steps.
 
     Of many at most MOST, and together at most BYTES, evenly spread with the last one among them: a page should open.
     """
     found = {}
     for suffix in TYPES:  # a video rather than a picture of the same step
-        files = pathlib.Path(folder, "samples").glob(f"*{suffix}")
+        files = (as_path(folder) / "samples").glob(f"*{suffix}")
         found |= {int(file.stem): file for file in files if file.stem.isdecimal()}
     every = sorted(found.items())
     for count in range(min(MOST, len(every)), 0, -1):
         places = np.linspace(len(every) - 1, 0, count).round().astype(int)[::-1]
         chosen = [every[place] for place in places]
-        if count == 1 or sum(path.stat().st_size for _, path in chosen) <= BYTES:
+        if count == 1 or sum(size(path) for _, path in chosen) <= BYTES:
             return chosen
     return []
 
@@ -107,10 +107,10 @@ def _inline(suffix: str, content: bytes) -> dict:
 
 
 def _file(path) -> dict:
-    path = pathlib.Path(path)
-    if path.suffix not in TYPES:
-        raise ValueError(f"{path} cannot be shown on a page: it must end in {' or '.join(TYPES)}")
-    return _inline(path.suffix, path.read_bytes())
+    place = as_path(path)
+    if place.suffix not in TYPES:
+        raise ValueError(f"{place} cannot be shown on a page: it must end in {' or '.join(TYPES)}")
+    return _inline(place.suffix, place.read_bytes())
 
 
 def _grid(videos) -> dict:

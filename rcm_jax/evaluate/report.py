@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from rcm_jax.evaluate.page import plain, write_page
 from rcm_jax.evaluate.series import logarithmic, pairs, smooth
 from rcm_jax.evaluate.table import COLUMNS, Rows, cells, format_table
 from rcm_jax.media.picture import GREY, INK, RULE, SERIES, figure, grid, save_figure
-from rcm_jax.util.files import write_text
+from rcm_jax.util.files import as_path, write_text
 
 if TYPE_CHECKING:  # only what draws imports matplotlib
     from matplotlib.axes import Axes
@@ -61,7 +60,7 @@ def write_report(
     image_rows = -(-len(next(iter(panels.values()))) // columns) if panels else 0
     if row_labels and len(row_labels) != image_rows:
         raise ValueError(f"{len(row_labels)} row labels for the first panel's {image_rows} rows; give one for each row")
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     save_figure(folder / "report.png", _draw(grids, curves, rows, title, footer, row_labels))
     lines = f"\nRows of the pictures: {', '.join(row_labels)}." if row_labels else ""
     write_page(
@@ -76,7 +75,7 @@ def write_report(
 def write_record(folder, **record) -> None:
     """Writes folder/report.json; NaN and infinity become null."""
     text = json.dumps(plain(record), indent=1, allow_nan=False, ensure_ascii=False)
-    write_text(pathlib.Path(folder) / "report.json", text + "\n")
+    write_text(as_path(folder) / "report.json", text + "\n")
 
 
 def data_name(config) -> str:

@@ -1,8 +1,7 @@
 """From an experiment to a trained student: its data, its teacher or start, its distillation, all in a workdir."""
 
 import math
-import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -19,15 +18,16 @@ from rcm_jax.train.console import say
 from rcm_jax.train.metrics import wandb_library
 from rcm_jax.train.state import Teacher, TrainState
 from rcm_jax.train.trainer import Training
+from rcm_jax.util.files import absolute, as_path
 
 
 class Trained(NamedTuple):
-    """What came of a run; folders are workdirs."""
+    """What came of a run; folders are workdirs, paths as util.files.as_path makes them."""
 
     program: Program
     teacher: Teacher
-    teacher_folder: pathlib.Path | None  # None: the student started from random parameters
-    folder: pathlib.Path
+    teacher_folder: Any  # None: the student started from random parameters
+    folder: Any
     state: TrainState
 
     @property
@@ -48,7 +48,7 @@ def train(run: Experiment, folder, profile: tuple[int, int] | None = None, cache
     Raises ValueError or OSError, before anything is written, for a config that does not fit the data, the devices, the
     teacher or the autoencoder; trainer.Interrupted if asked to stop.
     """
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     if run.needs_teacher_network and not run.teacher and run.pretrain is None:
         raise ValueError(
             "teacher is empty, and this experiment has no pretraining: set config.teacher to the workdir of one "
@@ -60,7 +60,7 @@ def train(run: Experiment, folder, profile: tuple[int, int] | None = None, cache
     distributed.by_first(lambda: pixels.check(run.media, program.sample_shape))
     teacher_folder = params = None
     if run.teacher:  # read before anything is written
-        teacher_folder = pathlib.Path(run.teacher)
+        teacher_folder = as_path(run.teacher)
         step = workdir.check_teacher(run)
         params = checkpoint.restore_item(teacher_folder, "ema", program.params, step)
     starts = read_starts(program) if checkpoint.is_empty(folder) else {}
@@ -96,7 +96,7 @@ def introduce(program: Program) -> str:
 
 def keep_programs(folder) -> None:
     """From now on compiled programs are kept in a folder, and taken from it. Those of a second and less are not."""
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).absolute()))
+    jax.config.update("jax_compilation_cache_dir", str(absolute(folder)))
     compilation_cache.reset_cache()  # JAX would not look again
 
 

@@ -13,6 +13,7 @@ from rcm_jax.media.picture import captioned, grid, save_png
 from rcm_jax.models import AUTOENCODERS
 from rcm_jax.models.records import record_of
 from rcm_jax.run.experiment import MediaConfig
+from rcm_jax.util.files import as_path
 
 GAP = 4  # pixels between videos side by side; even, as their sides must be
 TIMES = (0, 0.5, 1)  # of the frames that stand for a video
@@ -32,7 +33,7 @@ def check(media: MediaConfig | None, shape) -> None:
     if media is None or not media.vae_path:
         return
     named = f"config.media.vae_path={media.vae_path}"
-    if not pathlib.Path(media.vae_path).exists():
+    if not as_path(media.vae_path).exists():
         raise FileNotFoundError(f"{named}: no such file or folder")
     try:
         open_weights(media.vae, media.vae_path)

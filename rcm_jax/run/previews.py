@@ -20,6 +20,7 @@ from rcm_jax.run import latents, pixels
 from rcm_jax.run.program import Program
 from rcm_jax.train.console import say
 from rcm_jax.train.metrics import Shown
+from rcm_jax.util.files import as_path
 
 BATCH = 400  # sampled at once
 EACH = 8  # samples of a class in a grid
@@ -112,7 +113,7 @@ def hook(program: Program, sampler: Callable, folder, caption: str) -> Callable:
         samples = draw_on_mesh(program.mesh, sampler, state.ema, key, asked)
         if not distributed.first():
             return None
-        return show(samples, pathlib.Path(folder) / "samples" / f"{step:08d}", f"step {step} · {caption}")
+        return show(samples, as_path(folder) / "samples" / f"{step:08d}", f"step {step} · {caption}")
 
     return preview
 

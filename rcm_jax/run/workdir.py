@@ -5,13 +5,12 @@ Pretraining (a teacher) and a Predictor (converted weights).
 """
 
 import json
-import pathlib
 
 from rcm_jax.parallel import distributed
 from rcm_jax.run.experiment import Experiment, Predictor, Pretraining, from_mapping
 from rcm_jax.train import checkpoint
 from rcm_jax.util.config import flatten, to_mapping
-from rcm_jax.util.files import check_local, new_folder, write_text
+from rcm_jax.util.files import as_path, check_new_folder, emptied_on_failure, empty, new_folder, stored, write_text
 
 # What may change between a run and its continuation. (More pretraining steps would be another teacher.)
 COMPUTED = ("mesh.data", "mesh.fsdp", "mesh.seq", "model.attention", "model.remat")  # the same numbers, otherwise
@@ -48,12 +47,11 @@ def claim(folder, config: Predictor) -> None:
 
     Of several processes the first alone looks and decides, and all hear its verdict.
     """
-    distributed.by_first(lambda: _claim(pathlib.Path(folder), config))
+    distributed.by_first(lambda: _claim(as_path(folder), config))
 
 
-def _claim(folder: pathlib.Path, config: Predictor) -> None:
+def _claim(folder, config: Predictor) -> None:
     """As one process."""
-    check_local(folder)
     path = folder / "config.json"
     if path.exists():
         there = read(folder)
@@ -64,15 +62,14 @@ def _claim(folder: pathlib.Path, config: Predictor) -> None:
             raise ValueError(f"workdir {folder} belongs to another config: {shown}{more}. Choose another --workdir.")
         if there == config:
             return
-    elif folder.exists() and any(folder.iterdir()):
+    elif not empty(folder):
         raise ValueError(f"workdir {folder} is not empty and has no config.json: choose a new or empty --workdir")
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(path, as_json(config))
 
 
 def read(folder) -> Predictor:
     """The config that made a workdir; ValueError if there is none."""
-    path = pathlib.Path(folder) / "config.json"
+    path = as_path(folder) / "config.json"
     if not path.exists():
         raise ValueError(f"{folder} is no training workdir: it has no config.json")
     try:
@@ -153,6 +150,13 @@ def check_start(folder, run: Experiment) -> int:
 
 def write_converted(folder, config: Predictor, params) -> None:
     """A new workdir of parameters [numpy arrays] that were not trained here; it is whole or not there."""
+    folder = as_path(folder)
+    if stored(folder):  # straight to the store: the arrays of a folder here would be copied once more
+        check_new_folder(folder)
+        with emptied_on_failure(folder):
+            checkpoint.write_params(folder, params)
+            write_text(folder / "config.json", as_json(config))
+        return
     with new_folder(folder) as temporary:
         checkpoint.write_params(temporary, params)
         write_text(temporary / "config.json", as_json(config))

@@ -5,13 +5,15 @@ as a teacher or for sampling, and "data", the position of the input pipeline.
 """
 
 import contextlib
-import pathlib
+import functools
+import os
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from rcm_jax.train.state import TrainState
+from rcm_jax.util.files import absolute, as_path, stored
 
 CHUNK_BYTES = 2**28  # of converted arrays on disk: a host that needs a part of one reads little more than that
 
@@ -22,8 +24,51 @@ def open_manager(workdir, keep: int | None = None, asynchronous: bool = False) -
     asynchronous: `save` returns when the arrays have been copied to the host's memory, and the manager, closed, waits
     until they are written. A checkpoint is there when it is whole.
     """
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=asynchronous)
-    return ocp.CheckpointManager(pathlib.Path(workdir).absolute() / "checkpoints", options=options)
+    tidy = keep is not None and stored(as_path(workdir))  # whoever only reads must not take another's unfinished save
+    options = _options(workdir, max_to_keep=keep, enable_async_checkpointing=asynchronous, cleanup_tmp_directories=tidy)
+    return ocp.CheckpointManager(_checkpoints(workdir), options=options)
+
+
+def _checkpoints(workdir):
+    return absolute(workdir) / "checkpoints"
+
+
+def _options(workdir, **options) -> ocp.CheckpointManagerOptions:
+    """In a store nothing can be renamed at once: there a checkpoint is whole when its last file, a mark, is there."""
+    if not stored(as_path(workdir)):
+        return ocp.CheckpointManagerOptions(**options)
+    _teach_s3()
+    mark = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
+    return ocp.CheckpointManagerOptions(**options, atomicity_options=mark)
+
+
+@functools.cache
+def _teach_s3() -> None:
+    """Orbax (0.12) has TensorStore write arrays to gs:// and to files; from here on to s3:// in the same way.
+
+    TensorStore does not look for AWS_ENDPOINT_URL, by which s3fs finds a store that is not Amazon's.
+    """
+    from orbax.checkpoint._src.serialization import tensorstore_utils  # there is no public way
+
+    build = tensorstore_utils.build_kvstore_tspec
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    s3: dict = {"driver": "s3"} | ({"endpoint": endpoint, "aws_region": region} if endpoint else {})
+    if os.environ.get("AWS_ACCESS_KEY_ID"):  # it would first complain, again and again, that there is no ~/.aws
+        s3["aws_credentials"] = {"type": "environment"}
+
+    def moved(spec):
+        if not isinstance(spec, dict):
+            return spec
+        return spec | s3 if spec.get("driver") == "gcs" else {name: moved(part) for name, part in spec.items()}
+
+    def build_for_s3(directory, *args, **options):
+        scheme, found, rest = str(directory).partition("s3://")
+        if scheme or not found:
+            return build(directory, *args, **options)
+        return moved(build(f"gs://{rest}", *args, **options))
+
+    tensorstore_utils.build_kvstore_tspec = build_for_s3
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, data) -> None:
@@ -47,7 +92,7 @@ def restore(manager: ocp.CheckpointManager, abstract: TrainState, data) -> Train
 
 def is_empty(workdir) -> bool:
     """Whether a workdir has no checkpoint yet."""
-    if not (pathlib.Path(workdir) / "checkpoints").is_dir():
+    if not _checkpoints(workdir).is_dir():
         return True
     with open_manager(workdir) as manager:
         return manager.latest_step() is None
@@ -68,9 +113,8 @@ def write_params(folder, params) -> None:
     )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    checkpoints = pathlib.Path(folder).absolute() / "checkpoints"
-    with ocp.CheckpointManager(checkpoints, options=options, item_handlers={"ema": handler}) as manager:
+    options = _options(folder, enable_async_checkpointing=False)
+    with ocp.CheckpointManager(_checkpoints(folder), options=options, item_handlers={"ema": handler}) as manager:
         manager.save(0, args=ocp.args.Composite(ema=ocp.args.PyTreeSave(params, save_args=save_args)))
 
 
@@ -92,7 +136,7 @@ def restore_params(workdir, name: str, step: int | None = None, abstract=None):
     there, step = params_of(workdir, name, step)
     abstract = there if abstract is None else abstract
     abstract = abstract if name == "ema" else {"params": abstract}
-    folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step)
+    folder = _checkpoints(workdir) / str(step)
     restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
     partial = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
     restored = ocp.PyTreeCheckpointHandler().restore(folder / name, args=partial)  # pyright: ignore[reportArgumentType]
@@ -102,8 +146,7 @@ def restore_params(workdir, name: str, step: int | None = None, abstract=None):
 @contextlib.contextmanager
 def _manager_of(workdir, step: int | None):
     """(manager, step) of the checkpoints of a workdir, the newest step if None; ValueError if there is none."""
-    workdir = pathlib.Path(workdir)
-    if not (workdir / "checkpoints").is_dir():
+    if not _checkpoints(workdir).is_dir():
         raise ValueError(f"no checkpoint in {workdir}: it has no folder checkpoints")
     with open_manager(workdir) as manager:
         steps = sorted(manager.all_steps())

@@ -16,7 +16,8 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from rcm_jax.util.extras import require
-from rcm_jax.util.files import write_text
+from rcm_jax.util.files import as_path, local, write_text
+from rcm_jax.util.mirror import Mirror
 
 
 class Shown(NamedTuple):
@@ -30,19 +31,21 @@ class Shown(NamedTuple):
 class MetricsWriter:
     """Writes metrics.jsonl, pace.jsonl and TensorBoard events to a workdir.
 
-    Opened at the step of a resume, it forgets later lines.
+    Opened at the step of a resume, it forgets later lines. A workdir in an object store has them from a `Mirror`.
     The workdir's config.json, if it is there, goes to TensorBoard as a text and to Weights & Biases as the config.
     project, name: of the run in Weights & Biases; "": the workdir's name.
     """
 
     def __init__(self, workdir, step: int, wandb: bool = False, project: str = "rcm_jax", name: str = ""):
-        workdir = pathlib.Path(workdir)
+        there = as_path(workdir)
+        self.mirror = Mirror(there, ("metrics.jsonl", "pace.jsonl", "wandb_id"))
+        workdir = self.mirror.here
         self.paths = [workdir / "metrics.jsonl", workdir / "pace.jsonl"]
         for path in self.paths:
             kept = [row for row in _rows(path) if row["step"] <= step]
             write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-        config = json.loads(made.read_text()) if (made := workdir / "config.json").exists() else {}
+        config = json.loads(made.read_text()) if (made := there / "config.json").exists() else {}
         self.events.add_text("config", f"```json\n{json.dumps(config, indent=1)}\n```", step)
         self.wandb = None
         if wandb:
@@ -52,7 +55,7 @@ class MetricsWriter:
                 write_text(note, secrets.token_hex(4))
             again = dict(id=note.read_text(), resume="allow", allow_val_change=True)
             self.wandb = library.init(
-                project=project, name=name or workdir.name, config=config, dir=str(workdir), **again
+                project=project, name=name or there.name, config=config, dir=str(workdir), **again
             )
 
     def write(self, step: int, values: Mapping[str, float], pace: Mapping[str, float] | None = None) -> None:
@@ -79,7 +82,7 @@ class MetricsWriter:
             self.events.add_image(name, picture, step, dataformats="HWC")
         if self.wandb:
             pictures = {name: self.library.Image(picture) for name, picture in shown.pictures.items()}
-            videos = {name: self.library.Video(str(path), format="mp4") for name, path in shown.videos.items()}
+            videos = {name: self.library.Video(str(local(path)), format="mp4") for name, path in shown.videos.items()}
             self.wandb.log(pictures | videos, step=step)
 
     def close(self) -> None:
@@ -87,19 +90,20 @@ class MetricsWriter:
         self.events.close()
         if self.wandb:
             self.wandb.finish()
+        self.mirror.close()
 
 
 def read_metrics(workdir) -> list[dict]:
     """The rows of metrics.jsonl; a last line cut off by a crash is left out."""
-    return _rows(pathlib.Path(workdir) / "metrics.jsonl")
+    return _rows(as_path(workdir) / "metrics.jsonl")
 
 
 def read_pace(workdir) -> list[dict]:
     """The rows of pace.jsonl: how fast it went (rcm_jax.train.pace)."""
-    return _rows(pathlib.Path(workdir) / "pace.jsonl")
+    return _rows(as_path(workdir) / "pace.jsonl")
 
 
-def _rows(path: pathlib.Path) -> list[dict]:
+def _rows(path) -> list[dict]:
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

@@ -1,7 +1,6 @@
 """How fast a run goes: seconds of a step, products against the peak of the chip, what time was lost to, memory."""
 
 import contextlib
-import pathlib
 import resource
 import sys
 import time
@@ -13,6 +12,8 @@ from absl import logging
 
 from rcm_jax.parallel import hlo
 from rcm_jax.parallel.chips import peak_flops
+from rcm_jax.util.files import as_path
+from rcm_jax.util.mirror import Mirror
 
 LOSSES = ("compilation", "data", "checkpoints", "previews")  # what a run waits for besides its steps
 ENOUGH = 50  # steps of a phase after which the rest can be foretold
@@ -143,23 +144,26 @@ def span(seconds: float) -> str:
 def traced(workdir, steps: tuple[int, int] | None) -> Iterator[Callable]:
     """(step, state) -> None, to be called when `step` steps are done: between the two given it writes a trace for
     xprof or TensorBoard, to workdir/profile. None: never."""
-    running = []
+    running: list[Mirror] = []
+
+    def stop(mirror: Mirror) -> None:
+        jax.profiler.stop_trace()
+        mirror.close()
 
     def at(step: int, state) -> None:
         if steps and step in steps:
             jax.block_until_ready(state)
             if step == steps[0]:
-                jax.profiler.start_trace(str(pathlib.Path(workdir) / "profile"))
-                running.append(step)
+                running.append(Mirror(as_path(workdir) / "profile"))
+                jax.profiler.start_trace(str(running[0].here))
             elif running:
-                running.clear()
-                jax.profiler.stop_trace()
+                stop(running.pop())
 
     try:
         yield at
     finally:
         if running:
-            jax.profiler.stop_trace()
+            stop(running.pop())
 
 
 def check_trace(steps: tuple[int, int] | None, first: int, last: int) -> None:

@@ -1,6 +1,10 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, on this machine and in object stores (gs://, s3://)."""
 
 import contextlib
+import fcntl
+import functools
+import hashlib
+import logging
 import os
 import pathlib
 import shutil
@@ -9,24 +13,130 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import fsspec.config
 from etils import epath
+
+from rcm_jax.util.extras import require
+
+os.environ.setdefault("EPATH_USE_TF", "no")  # epath would leave s3:// to TensorFlow wherever that is installed
+STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # by scheme: the package that knows it, and our extra
 
 
 def as_path(path: str | os.PathLike) -> Any:
-    """A path that the user gave: pathlib's, or etils' with the same methods for an object store (gs://, s3://, …)."""
-    return epath.Path(path) if "://" in os.fspath(path) else pathlib.Path(path)
+    """A path that the user gave: pathlib's, or etils' with the same methods for an object store.
+
+    ValueError for a scheme that is not in STORES or whose package is missing; OSError where the store does not answer.
+    """
+    scheme, slash, rest = os.fspath(path).partition(":/")
+    if not slash or len(scheme) < 2 or "/" in scheme:
+        return pathlib.Path(path)
+    if scheme not in STORES:
+        known = " and ".join(f"{name}://" for name in STORES)
+        raise ValueError(f"{path}: {scheme}:// is no object store that is known here; {known} are")
+    bucket = rest.strip("/").partition("/")[0]
+    if not bucket:
+        raise ValueError(f"{path} must name a bucket: {scheme}://BUCKET/…")
+    _store(scheme, bucket)
+    return epath.Path(f"{scheme}://{rest.lstrip('/')}")  # pathlib makes one slash of two
+
+
+def stored(path: str | os.PathLike) -> bool:
+    """Whether what `as_path` made lies in an object store."""
+    return "://" in os.fspath(path)
+
+
+def absolute(path: str | os.PathLike) -> Any:
+    """The same from the root, as libraries want it that do not know where this process stands."""
+    place = as_path(path)
+    return place if stored(place) else place.absolute()  # etils would look for it here
+
+
+@functools.cache
+def _store(scheme: str, bucket: str) -> Any:
+    """The file system of a scheme, which answers for that bucket."""
+    package, extra = STORES[scheme]
+    require(package, extra, f"{scheme}://")
+    logging.getLogger(package).setLevel(logging.CRITICAL)  # it raises what it logs, and gcsfs logs all of a traceback
+    # TensorStore and other processes write what a listing that is kept would not have.
+    fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+    try:
+        store = fsspec.filesystem(scheme)
+        with contextlib.suppress(PermissionError):  # some may see only a part of it
+            store.exists(f"{bucket}/config.json")
+        return store
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # each package has its own
+        raise OSError(f"{scheme}://{bucket} cannot be reached: {type(error).__name__}: {error}") from None
+
+
+def store_of(path) -> tuple[Any, str]:
+    """(fsspec's file system, name in it) of a path in an object store."""
+    scheme, _, name = os.fspath(as_path(path)).partition("://")
+    return _store(scheme, name.partition("/")[0]), name
+
+
+def cache_folder() -> pathlib.Path:
+    """Where copies of objects are kept on this machine: RCM_CACHE, else ~/.cache/rcm_jax."""
+    return pathlib.Path(os.environ.get("RCM_CACHE") or "~/.cache/rcm_jax").expanduser()
+
+
+def local(path: str | os.PathLike) -> pathlib.Path:
+    """A file or folder where programs of this machine can open it: itself or, of an object store, a copy in the cache.
+
+    A copy is made once for all processes, whole or not at all, and anew when an object has changed. FileNotFoundError
+    for what is not there.
+    """
+    place = as_path(path)
+    if not stored(place):
+        return place
+    store, name = store_of(place)
+    files = store.find(name, detail=True)
+    if not files:
+        raise FileNotFoundError(f"{place}: no such file or folder")
+    folder = cache_folder() / hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:32]
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / place.name
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not copy.exists() and name in files:
+            write_whole(copy, lambda temporary: store.get_file(name, str(temporary)))
+        elif not copy.exists():
+            with new_folder(copy) as temporary:
+                store.get(name.rstrip("/") + "/", f"{temporary}/", recursive=True)
+    return copy
+
+
+def size(path) -> int:
+    """The bytes of a file that `as_path` named."""
+    found = path.stat()
+    return found.length if stored(path) else found.st_size
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[pathlib.Path], object]) -> None:
-    """Calls write(temporary path beside `path`), then renames: `path` is the old file or the whole new one."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Calls write(temporary path), then renames or uploads: `path` is the old file or the whole new one."""
+    place = as_path(path)
+    if stored(place):
+        with tempfile.TemporaryDirectory() as folder:
+            write(temporary := pathlib.Path(folder, place.name))
+            upload(temporary, place)
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         write(temporary)
-        os.replace(temporary, path)
+        os.replace(temporary, place)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def upload(source: pathlib.Path, path) -> None:
+    """A file to an object store, where it is seen when it is whole; OSError that names it."""
+    store, name = store_of(path)
+    try:
+        store.put_file(str(source), name)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -36,49 +146,76 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def check_writable(path: str | os.PathLike) -> None:
     """OSError unless a file can be written there; the folders that it needs are made."""
-    path = pathlib.Path(path)
-    check_local(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: name a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path.parent):
+    place = as_path(path)
+    if place.is_dir():
+        raise IsADirectoryError(f"{place} is a folder: name a file")
+    if stored(place):
+        probe = place.with_name(f".{place.name}.{os.getpid()}")
+        write_text(probe, "")
+        probe.unlink()
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=place.parent):
         pass
 
 
-def check_local(path: str | os.PathLike) -> None:
-    """ValueError for an object store, where nothing can be written so far."""
-    path = pathlib.Path(path)
-    if path.parts and path.parts[0].endswith(":"):
-        raise ValueError(f"{path}: only folders of this machine's file systems can be written so far")
+def empty(place) -> bool:
+    """Whether nothing is at a path, or a folder with nothing in it (in a store, but for an object of its own name)."""
+    return not place.exists() or (place.is_dir() and all(child == place for child in place.iterdir()))
 
 
 def check_new_folder(path: str | os.PathLike) -> None:
-    """ValueError unless `path` does not exist or is an empty folder, and can be renamed to."""
-    check_local(path)
-    path = pathlib.Path(path).resolve()
-    if os.path.ismount(path):
-        raise ValueError(f"{path} is a mount point, which cannot be renamed to: choose a folder in it")
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} is there and not an empty folder: choose another")
-    parent = next(parent for parent in path.parents if parent.exists())
+    """ValueError unless `path` does not exist or is an empty folder, and can be written to; OSError of a store."""
+    place = as_path(path)
+    if not stored(place) and os.path.ismount(place := place.resolve()):
+        raise ValueError(f"{place} is a mount point, which cannot be renamed to: choose a folder in it")
+    if not empty(place):
+        raise ValueError(f"{place} is there and not an empty folder: choose another")
+    if stored(place):
+        check_writable(place / "config.json")
+        return
+    parent = next(parent for parent in place.parents if parent.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise ValueError(f"{path} cannot be made: {parent} is no folder that can be written to")
+        raise ValueError(f"{place} cannot be made: {parent} is no folder that can be written to")
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A temporary folder beside `path` to fill; at the end it is renamed to `path`, on any failure it is removed."""
+def new_folder(path: str | os.PathLike, last: str = "config.json") -> Iterator[pathlib.Path]:
+    """A temporary folder to fill; at the end it becomes `path`, by a rename or an upload, on any failure it is removed.
+
+    last: the file that is uploaded last, by which readers know that a folder of a store is whole.
+    """
     check_new_folder(path)
-    path = pathlib.Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    place = as_path(path)
+    if stored(place):
+        with tempfile.TemporaryDirectory() as folder, emptied_on_failure(place):
+            yield pathlib.Path(folder)
+            files = [file for file in sorted(pathlib.Path(folder).rglob("*")) if file.is_file()]
+            for file in sorted(files, key=lambda file: file == pathlib.Path(folder, last)):
+                upload(file, place / file.relative_to(folder).as_posix())
+        return
+    place = place.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
     temporary.chmod(0o777 & ~_umask())
     try:
         yield temporary
-        os.replace(temporary, path)
+        os.replace(temporary, place)
     finally:
         if temporary.exists():
             _remove(temporary)
+
+
+@contextlib.contextmanager
+def emptied_on_failure(path) -> Iterator[None]:
+    """What lies in a folder of a store, which was empty, is removed if what is inside fails."""
+    try:
+        yield
+    except BaseException:
+        store, name = store_of(path)
+        with contextlib.suppress(Exception):  # the failure is told, not that of tidying up
+            store.rm(store.find(name))
+        raise
 
 
 def _umask() -> int:

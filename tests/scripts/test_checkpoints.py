@@ -197,7 +197,7 @@ def test_bad_flags_of_both_scripts_are_refused_in_one_line(run_script, tmp_path,
         ["export_checkpoint", f"--checkpoint={teacher}", new, "--layout=mine", ["mine", "official, rcm, diffusers"]],
         ["export_checkpoint", f"--checkpoint={teacher}", new, "--item=student", ["no student", "ema"]],
         ["export_checkpoint", f"--checkpoint={teacher}", new, "--shard_gb=0", ["--shard_gb=0.0 must be above 0"]],
-        [*convert_one, "--dst=gs://bucket/x", ["gs:/bucket/x", "only folders of this machine"]],
+        [*convert_one, "--dst=ftp://host/x", ["ftp://host/x", "no object store that is known here"]],
         ["export_checkpoint", f"--checkpoint={teacher}", new, "--checkpoint_step=3", ["step 3", "[0]"]],
         ["sample", f"--checkpoint={teacher}", f"--out={tmp_path / 'a.png'}", ["--mode=teacher", "--mode=student"]],
     ):

@@ -66,7 +66,7 @@ def test_a_folder_that_fails_is_removed_even_while_a_thread_goes_on_writing(tmp_
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("gs://bucket/x", r"gs:/bucket/x: only folders of this machine's file systems"),
+        ("ftp://host/x", r"ftp://host/x: ftp:// is no object store that is known here"),
         ("{tmp}/file/x", r"file/x cannot be made: .*file is no folder that can be written to"),
         ("{tmp}/file", r"file is there and not an empty folder: choose another"),
     ],
