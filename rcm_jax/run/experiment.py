@@ -14,6 +14,8 @@ from rcm_jax.train.steps import DiffusionMethod, RcmConfig, student_updates
 from rcm_jax.train.trainer import TrainConfig
 from rcm_jax.util.config import build
 
+RANDOM = "random"  # in the place of a teacher: parameters as they are first drawn, to see that a run runs
+
 
 def one_of(table: Mapping):
     """A field whose value is the config of an entry of a table."""
@@ -111,7 +113,7 @@ class Experiment(Pretraining):
     """A distillation, whole, with the pretraining of its teacher if it has one."""
 
     pretrain: PretrainConfig | None = None
-    teacher: str = ""  # workdir of a teacher; "": pretrain one first, if pretrain says how
+    teacher: str = ""  # workdir of a teacher, or RANDOM; "": pretrain one first, if pretrain says how
     start: str = ""  # workdir of a student, or of converted weights, to start from; "": the teacher
     fake_start: str = ""  # workdir whose fake score, or averaged network, the fake score starts from; "": the teacher
     rcm: RcmConfig = RcmConfig()

@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from rcm_jax import data
 from rcm_jax.data.dataset import Dataset, batches, random_access
 from rcm_jax.parallel import distributed
 from rcm_jax.parallel.sharding import make_mesh
 from rcm_jax.run import pixels, previews, workdir
-from rcm_jax.run.experiment import Experiment
-from rcm_jax.run.program import Program, assemble
+from rcm_jax.run.experiment import RANDOM, Experiment
+from rcm_jax.run.program import Program, assemble, load_data
 from rcm_jax.train import checkpoint, trainer
 from rcm_jax.train.console import say
 from rcm_jax.train.metrics import wandb_library
@@ -56,10 +55,13 @@ def train(run: Experiment, folder, profile: tuple[int, int] | None = None, cache
         )
     if run.train.wandb or (run.pretrain and run.pretrain.train.wandb):
         wandb_library()
-    program = assemble(run, make_mesh(run.mesh), data.load(run.data))
+    program = assemble(run, make_mesh(run.mesh), load_data(run))
     distributed.by_first(lambda: pixels.check(run.media, program.sample_shape))
     teacher_folder = params = None
-    if run.teacher:  # read before anything is written
+    if run.teacher == RANDOM:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, program.params)
+        params = jax.jit(program.network.make_params, out_shardings=shardings)(jax.random.key(run.seed))
+    elif run.teacher:  # read before anything is written
         teacher_folder = as_path(run.teacher)
         step = workdir.check_teacher(run)
         params = checkpoint.restore_item(teacher_folder, "ema", program.params, step)

@@ -5,6 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 
+from rcm_jax.data import SyntheticConfig
 from rcm_jax.parallel.sharding import MeshConfig
 from rcm_jax.run import pipeline
 from rcm_jax.train import pace, trainer
@@ -60,3 +61,12 @@ def test_a_run_on_two_shapes_has_a_program_for_each_and_goes_on_exactly(given, t
     )
     for row, other in zip(*learned, strict=True):
         assert row == pytest.approx(other, rel=1e-4, abs=1e-6)  # summed over two parts at last, not four
+
+
+def test_a_config_runs_on_noise_with_a_teacher_of_random_parameters(given, tmp_path):
+    run = latents.experiment(given, vae=False, data=SyntheticConfig(latents.SHAPE), teacher="random")
+    trained = pipeline.train(run, tmp_path / "run")
+    assert trained.teacher_folder is None and read_metrics(tmp_path / "run")
+    first = latents.experiment(given, vae=False, data=SyntheticConfig(latents.SHAPE), teacher="random", seed=1)
+    other = pipeline.train(first, tmp_path / "other")
+    assert tiny.relative(*(t.teacher.params["out"]["kernel"] for t in (trained, other))) > 0.1

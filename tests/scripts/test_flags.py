@@ -40,3 +40,8 @@ def test_a_group_can_be_left_out_and_configs_are_found_by_their_names():
         "--config=mixture.py", "--config.rcm.dmd={}", "--config.rcm.fake_score={}", "--config.train.steps=4000"
     )
     assert "dmd=None" in run and "fake_score=None" in run
+
+
+def test_synthetic_data_keep_the_shape_of_those_they_stand_for():
+    run = printed("--config=wan_1_3b.py:tiny", "--config.data.kind=synthetic", "--config.data.examples=8")
+    assert "data=SyntheticConfig(shape=(2, 4, 6, 4), conditions=(), num_classes=None, examples=8, seed=0)" in run
