@@ -1,5 +1,7 @@
 """Runs whose workdir, teacher and weights lie in an object store: the same numbers as on a disk."""
 
+import pathlib
+
 import jax
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from rcm_jax.run import pipeline, workdir
 from rcm_jax.run.experiment import Predictor
 from rcm_jax.train import checkpoint
 from rcm_jax.train.metrics import read_metrics, read_pace
+from rcm_jax.train.pace import traced
 from rcm_jax.util.config import revise
 from rcm_jax.util.files import as_path, write_text
 from tests import tiny
@@ -92,6 +95,16 @@ def test_a_report_lies_in_a_store_with_the_previews_that_lie_there(trained):
         title="A run", previews=previews,
     )  # fmt: skip
     assert sorted(contents("s3://runs/run/report")) == ["index.html", "report.json", "report.png"]
+
+
+def test_a_trace_is_uploaded_when_it_ends(bucket, monkeypatch):
+    started = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: started.append(pathlib.Path(folder)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: (started[0] / "a.pb").write_bytes(b"trace"))
+    with traced(f"{bucket}/traced", (1, 2)) as trace:
+        trace(1, ())
+        trace(2, ())
+        assert contents(f"{bucket}/traced") == {"profile/a.pb": b"trace"}
 
 
 # --- weights that were not trained here
