@@ -7,7 +7,6 @@ by `load` and `request`, before anything is computed.
 
 import dataclasses
 import math
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from rcm_jax.run.experiment import Experiment, MediaConfig, Pretraining
 from rcm_jax.run.pixels import frames, open_weights, write
 from rcm_jax.run.program import Network, load_data, make_network, student_sampler, teacher_sampler, zeros
 from rcm_jax.train import checkpoint, trainer
-from rcm_jax.util.files import write_whole
+from rcm_jax.util.files import as_path, write_whole
 
 UPSCALE = 8  # of the small images of a grid
 FILES = {  # around a network, and what they are
@@ -42,7 +41,7 @@ FILES = {  # around a network, and what they are
 class Generator:
     """A trained network and how it is sampled. Call it with prompts, or class labels, and seeds: `Samples`."""
 
-    folder: pathlib.Path
+    folder: Any  # a path
     step: int | None  # of the checkpoint; None: the newest
     of_teacher: bool  # else a student, which samples in few steps and has its guidance built in
     run: Any  # the Experiment or Pretraining that says how to sample
@@ -73,13 +72,13 @@ class Generator:
     def network(self) -> Network:
         return make_network(self.run, self.dataset.first)
 
-    def path(self, name: str) -> pathlib.Path:
+    def path(self, name: str) -> Any:
         """Of one of FILES; ValueError if it was not given, FileNotFoundError if it names nothing."""
         if (given := self.files.get(name)) is None:
             raise ValueError(f"--{name} is needed: {FILES[name]}")
-        if not pathlib.Path(given).exists():
+        if not as_path(given).exists():
             raise FileNotFoundError(f"--{name}={given}: no such file or folder")
-        return pathlib.Path(given)
+        return as_path(given)
 
     def __call__(self, asked, seeds=(0,), **options) -> "Samples":
         """Samples for every prompt (or class label) and seed; options: those of `request`."""
@@ -123,7 +122,7 @@ def load(
         dataset = load_data(run)
     else:
         dataset = prompts_dataset(run, size, frames)
-    return Generator(pathlib.Path(folder), step, known == "teacher", run, dataset, files)
+    return Generator(as_path(folder), step, known == "teacher", run, dataset, files)
 
 
 def prompts_dataset(run: Any, size: tuple[int, int] | None = None, frames: int | None = None) -> Dataset:
@@ -317,13 +316,13 @@ class Samples(NamedTuple):
         columns = self.asked.count(self.asked[0]) * len(self.seeds)
         return previews.picture(self.generator.dataset, flat, labels, columns, UPSCALE)
 
-    def save(self, out, sheet=None, *, tile: int | None = None, tick=lambda: None) -> list[pathlib.Path]:
+    def save(self, out, sheet=None, *, tile: int | None = None, tick=lambda: None) -> list:
         """Writes the samples, by the suffix of `out`, and returns the files; tick is called after each.
 
         Of classes: one picture (.png) or all latents (.safetensors). Of prompts: a file for each prompt and seed, named
         after `out` if there are several: .mp4, .png for one frame, .safetensors for latents; sheet: a .png of them all.
         """
-        out = pathlib.Path(out)
+        out = as_path(out)
         if self.generator.media is not None:
             return _save_videos(self, out, sheet, tile, tick)
         if out.suffix == ".png":
@@ -344,7 +343,7 @@ def open_decoder(generator: Generator):
     return jax.device_put(convert.from_reference(convert.name_of(config), check_decoder(generator), config))
 
 
-def _save_videos(samples: Samples, out: pathlib.Path, sheet, tile, tick) -> list[pathlib.Path]:
+def _save_videos(samples: Samples, out, sheet, tile, tick) -> list:
     """Every sample in its file, and the sheet: a row for every prompt."""
     generator, seeds, paths = samples.generator, samples.seeds, []
     only_latents = out.suffix == ".safetensors"
@@ -370,6 +369,6 @@ def _save_videos(samples: Samples, out: pathlib.Path, sheet, tile, tick) -> list
     return paths
 
 
-def _save_tensors(path: pathlib.Path, tensors: dict) -> None:
+def _save_tensors(path, tensors: dict) -> None:
     content = to_safetensors(tensors)
     write_whole(path, lambda temporary: temporary.write_bytes(content))
