@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from rcm_jax.data import digits, latents, mixture, synthetic
+from rcm_jax.data import digits, latents, mixture, synthetic, tfds
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.data.digits import DigitsConfig
 from rcm_jax.data.latents import LatentsConfig
 from rcm_jax.data.mixture import MixtureConfig
 from rcm_jax.data.synthetic import SyntheticConfig
+from rcm_jax.data.tfds import TfdsConfig
 from rcm_jax.util.config import kind_of
 
 
@@ -24,6 +25,7 @@ DATASETS = {
     "latents": Source(LatentsConfig, latents.load),
     "mixture": Source(MixtureConfig, mixture.load),
     "synthetic": Source(SyntheticConfig, synthetic.load),
+    "tfds": Source(TfdsConfig, tfds.load),
 }
 
 

@@ -79,8 +79,8 @@ def write_record(folder, **record) -> None:
 
 
 def data_name(config) -> str:
-    """What a report calls data, from the class of their config: "digits" of a DigitsConfig."""
-    return type(config).__name__.removesuffix("Config").lower()
+    """What a report calls data: their config's name, or its class: "digits" of a DigitsConfig."""
+    return getattr(config, "name", "") or type(config).__name__.removesuffix("Config").lower()
 
 
 def in_steps(steps: int) -> str:
