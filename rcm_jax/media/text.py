@@ -7,6 +7,7 @@ import functools
 import html
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 
 import jax
@@ -35,8 +36,10 @@ def tokenize(
 
     Every prompt ends with </s>. What is longer than `length` with it is cut off before it, as the references do, and a
     warning gives the numbers. The folder must hold tokenizer.json, as Wan-AI's google/umt5-xxl and diffusers'
-    tokenizer/ do; nothing else is read. ValueError for one that does not, for a tokenizer that is no T5's or not of an
-    encoder of so many tokens (vocab_size, which is a little more than the tokenizer has), for prompts that are no text.
+    tokenizer/ do; nothing else is read. What is no path, but could be the name of a repository (google/umt5-xxl), is
+    looked for on the Hugging Face Hub and in its cache. ValueError for one that is nowhere, for a tokenizer that is no
+    T5's or not of an encoder of so many tokens (vocab_size, which is a little more than the tokenizer has), for prompts
+    that are no text.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts or length < 1:
@@ -44,23 +47,19 @@ def tokenize(
     for prompt in prompts:
         prompt.encode("utf-8")  # a ValueError that says where
     tokenizer = _open_tokenizer(folder)
-    known = tokenizer.get_vocab_size()
-    if vocab_size is not None and not vocab_size / 2 < known <= vocab_size:
+    if vocab_size is not None and not vocab_size / 2 < len(tokenizer) <= vocab_size:
         raise ValueError(
-            f"the tokenizer in {folder} knows {known} tokens, the encoder {vocab_size}: take the one that is published "
-            "with it"
+            f"the tokenizer in {folder} knows {len(tokenizer)} tokens, the encoder {vocab_size}: take the one that is "
+            "published with it"
         )
-    counts = [len(encoding.ids) for encoding in tokenizer.encode_batch(prompts)]
+    counts = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
     if cut := sum(count > length for count in counts):
         logging.warning(
             "%d of %d prompts end after %d tokens; the longest has %d", cut, len(counts), length, max(counts)
         )
-    tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(PADDING), pad_token=PADDING)
-    encodings = tokenizer.encode_batch(prompts)
-    ids = np.array([encoding.ids for encoding in encodings], np.int32)
-    mask = np.array([encoding.attention_mask for encoding in encodings], np.int32)
-    if np.any(ids[np.arange(len(ids)), mask.sum(axis=1) - 1] != tokenizer.token_to_id(END)):
+    encoded = tokenizer(prompts, padding="max_length", truncation=True, max_length=length)
+    ids, mask = (np.array(encoded[name], np.int32) for name in ("input_ids", "attention_mask"))
+    if np.any(ids[np.arange(len(ids)), mask.sum(axis=1) - 1] != tokenizer.convert_tokens_to_ids(END)):
         raise ValueError(f"the tokenizer in {folder} does not end prompts with {END}, as those of T5 do")
     return ids, mask
 
@@ -68,22 +67,34 @@ def tokenize(
 def _open_tokenizer(folder):
     """The tokenizer that tokenizer.json defines.
 
-    Not transformers' AutoTokenizer: from the same file that may build another one, which knows no bytes (umT5 spells
-    characters by them that it lacks), and without a file one that knows no words, both in silence.
+    Not AutoTokenizer: from the same file that may build another one, which knows no bytes (umT5 spells characters by
+    them that it lacks), and without a file one that knows no words, both in silence.
     """
-    tokenizers, path = require("tokenizers", "sample", "prompts"), pathlib.Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        problem = "holds no tokenizer.json" if path.parent.is_dir() else "is no folder"
-        raise ValueError(f"{folder} {problem}; name the tokenizer's folder that is published with the encoder")
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
+    transformers, path = require("transformers", "sample", "prompts"), _tokenizer_file(folder)
+    try:  # padding comes below: a token that the file names for it would be added to the others if it is not there
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), pad_token=None)
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path} is no tokenizer, or damaged: {error}") from None
-    if lacking := [token for token in (END, PADDING) if tokenizer.token_to_id(token) is None]:
+    if lacking := [token for token in (END, PADDING) if tokenizer.convert_tokens_to_ids(token) is None]:
         raise ValueError(f"{path} is no tokenizer of T5: it lacks {' and '.join(lacking)}")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer.pad_token = PADDING
     return tokenizer
+
+
+def _tokenizer_file(folder) -> pathlib.Path:
+    """tokenizer.json of a folder, or of a repository; ValueError if there is none."""
+    path = pathlib.Path(folder) / "tokenizer.json"
+    if path.is_file():
+        return path
+    if path.parent.is_dir() or not re.fullmatch(r"[\w.-]*\w/[\w.-]+", str(folder)):
+        problem = "holds no tokenizer.json" if path.parent.is_dir() else "is no folder"
+        raise ValueError(f"{folder} {problem}; name the tokenizer's folder that is published with the encoder")
+    hub = require("huggingface_hub", "sample", "prompts")  # which transformers brings
+    try:
+        return pathlib.Path(hub.hf_hub_download(str(folder), "tokenizer.json"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is no folder, nor to be had from the hub: {' '.join(str(error).split())}") from None
 
 
 def encode(

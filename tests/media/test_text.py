@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 
 import jax.numpy as jnp
@@ -81,7 +83,31 @@ def test_folders_without_a_tokenizer_of_t5_are_refused(tmp_path):
         text.tokenize(tmp_path, [])
 
 
-@pytest.mark.parametrize(("package", "call"), [("ftfy", text.clean), ("tokenizers", lambda p: text.tokenize(".", p))])
+@pytest.mark.smoke
+def test_a_tokenizer_comes_from_the_cache_of_the_hub_by_its_name_and_torch_is_not_needed(tmp_path):
+    """Offline, in processes of their own: the hub's folders are read from the environment."""
+    commit = "0" * 40
+    repository = tmp_path / "hub/models--some-one--umt5.x"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    write_tokenizer(repository / "snapshots" / commit)
+    code = """
+import sys
+from rcm_jax.media import text
+assert "transformers" not in sys.modules
+print(text.tokenize(sys.argv[1], ["a cat sits"], 5)[0].tolist())
+assert not {"torch", "tensorflow"} & set(sys.modules)
+"""
+    options = dict(env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}, capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-c", code, "some-one/umt5.x"], **options)
+    assert (process.returncode, process.stdout) == (0, "[[3, 4, 5, 1, 0]]\n"), process.stderr
+    assert not process.stderr
+    process = subprocess.run([sys.executable, "-c", code, "some-one/else"], **options)
+    assert "ValueError: some-one/else is no folder, nor to be had from the hub: " in process.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("package", "call"), [("ftfy", text.clean), ("transformers", lambda p: text.tokenize(".", p))])
 def test_missing_packages_are_named_with_the_extra(package, call, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=rf"prompts: {package} is not installed: pip install 'rcm-jax\[sample\]'"):
