@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.util.extras import require
@@ -17,14 +16,14 @@ from rcm_jax.util.files import as_path
 class TfdsConfig:
     """A data set by its name in TFDS, say cifar10 or imagenet_resized/64x64, and the folder it was prepared in.
 
-    train and test are splits, or parts of them such as train[:90%]; without test nothing is held out. image and label
+    train and test are splits, or parts of them such as train[:90%]; without test none is held out. image and label
     are features. sigma_data is about the deviation of pixels in [−1, 1], 0.5 in EDM: by it x0 gets unit variance.
     """
 
     name: str = ""
     path: str = ""
     train: str = "train"
-    test: str = "test"
+    test: str = ""
     image: str = "image"
     label: str = "label"
     sigma_data: float = 0.5
@@ -55,7 +54,7 @@ def load(config: TfdsConfig) -> Dataset:
         test = _read(builder, config, config.test, label, train.shape)
     elif config.test:
         there = ", ".join(builder.info.splits)
-        logging.warning("%s has no split %s (but %s): nothing is held out", config.name, config.test, there)
+        raise ValueError(f"{config.name} has no split {config.test}, but {there}: set config.data.test, '' for none")
     return Dataset(
         train=train,
         test=test,

@@ -76,7 +76,7 @@ class Generator:
         """Of one of FILES; ValueError if it was not given, FileNotFoundError if it names nothing."""
         if (given := self.files.get(name)) is None:
             raise ValueError(f"--{name} is needed: {FILES[name]}")
-        if not as_path(given).exists():
+        if name != "tokenizer" and not as_path(given).exists():  # which may be a repository of the hub
             raise FileNotFoundError(f"--{name}={given}: no such file or folder")
         return as_path(given)
 
