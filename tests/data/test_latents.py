@@ -345,15 +345,19 @@ def test_configs_that_name_nothing_are_refused():
 SMALL = (2, 2, 2, 5)
 
 
+def wide(k, shape):
+    """Tensors in a shape, k in every number."""
+    return {"x0": np.full(shape, k, np.float32), "y": np.full((*shape[:3], 2), k, np.float32)}
+
+
 @pytest.fixture
 def two_shapes(tmp_path):
     """Five examples, 0 to 4, of one shape and three, 5 to 7, of another, with a condition on their places."""
     folder, kinds = tmp_path / "two", {SHAPE: range(5), SMALL: range(5, 8)}
     folder.mkdir()
     for i, (shape, members) in enumerate(kinds.items()):
-        wide = [example(k) | {"x0": np.full(shape, k, np.float32), "y": np.full((*shape[:3], 2), k, np.float32)}
-                for k in members]  # fmt: skip
-        write_shard(folder / f"latents-0000{i}-of-00002.array_record", map(safetensors.numpy.save, wide))
+        records = (safetensors.numpy.save(example(k) | wide(k, shape)) for k in members)
+        write_shard(folder / f"latents-0000{i}-of-00002.array_record", records)
     shards = [{"examples": len(members), "shape": shape} for shape, members in kinds.items()]
     (folder / "set.json").write_text(json.dumps({"shards": shards}))
     (folder / "uncond.safetensors").write_bytes(safetensors.numpy.save(UNCOND))
