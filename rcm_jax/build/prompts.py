@@ -7,11 +7,13 @@ import jax
 import numpy as np
 
 from rcm_jax.build.source import Item, Source
-from rcm_jax.run import generate
+from rcm_jax.run import generate, workdir
 from rcm_jax.run.experiment import Experiment
 from rcm_jax.run.program import make_network
 from rcm_jax.train import checkpoint
 from rcm_jax.util.config import revise
+
+COMPUTED = ("dtype", "time_dtype", "attention")  # of a network: how its numbers are computed
 
 
 def prompts(
@@ -23,7 +25,7 @@ def prompts(
 
     Args:
       run: what says how to sample.
-      teacher: a workdir of a teacher, or of converted weights.
+      teacher: a workdir of a teacher, or of converted weights. Its network may be another than the run's.
       uncond: what guidance replaces, asked for when the first samples are drawn.
       steps, guidance, size, frames: the config's if None; the teacher's shift is sampling.data_shift.
       batch: samples at once.
@@ -35,6 +37,7 @@ def prompts(
         raise ValueError(f"{len(lines)} prompts, {each} samples each from seed {seed}, {batch} at once: this cannot be")
     shift = run.sampling.data_shift or run.sampling.teacher_shift
     run = revise(run, {"sampling.teacher_shift": shift, "sampling.teacher_steps": steps or run.sampling.teacher_steps})
+    run = _with_network_of(run, teacher)
     generator = generate.load(teacher, mode="teacher", config=run, size=size, frames=frames)
     guidance = generator.guidance if guidance is None else guidance
     _, step = checkpoint.params_of(generator.folder, "ema")
@@ -48,6 +51,16 @@ def prompts(
         "sigma_max": sampling.teacher_sigma_max or sampling.sigma_max, "each": each, "seed": seed,
     }  # fmt: skip
     return Source(items, settings, _sampler(generator, guidance, uncond, batch), batch=batch)
+
+
+def _with_network_of(run: Experiment, teacher) -> Experiment:
+    """With the network that a workdir holds, which may be larger than the run's, computed as the run's is."""
+    there = workdir.read(teacher)
+    computed = {
+        key: getattr(run.model, key) for key in COMPUTED if hasattr(there.model, key) and hasattr(run.model, key)
+    }
+    changes = {"parametrization": there.parametrization, "time_scale": there.time_scale}
+    return revise(run, {"model": revise(there.model, computed), **changes})
 
 
 def _sampler(generator: generate.Generator, guidance: float, uncond: Callable, batch: int) -> Callable:

@@ -18,6 +18,7 @@ from rcm_jax.media.video import write_video
 from rcm_jax.models import t5, wan_vae
 from rcm_jax.run import workdir
 from rcm_jax.run.experiment import Predictor
+from rcm_jax.util.config import revise
 from tests import tiny, wan
 from tests.build import test_shards as tars
 from tests.media.test_text import WORDS, write_tokenizer
@@ -36,6 +37,8 @@ def published(tmp_path_factory):
         params = jax.tree.map(np.asarray, tiny.random_params(init, config))
         write_tensors(folder / name, convert.to_reference(name, params, config, "official"))
     workdir.write_converted(folder / "teacher", Predictor(WAN.model), jax.tree.map(np.asarray, wan.random_params()))
+    larger = revise(WAN.model, {"dim": 48, "num_heads": 4, "num_layers": 1, "dtype": "float32"})
+    workdir.write_converted(folder / "larger", Predictor(larger), jax.tree.map(np.asarray, wan.random_params(larger)))
     (folder / "prompts.txt").write_text("a cat sits\na cat\na cat\n")
     return folder
 
@@ -70,7 +73,8 @@ def test_prompts_become_a_set_that_is_trained_on(run_script, published, tmp_path
     assert imageio.imread(folder / "sheets/00000.png").shape[2] == 3
     process = run_script("build_dataset", f"--out={folder}", "--verify")
     assert process.stdout == f"{folder}: 6 examples, all as they were written\n", process.stderr
-    process = run_script("build_dataset", *of_prompts(published, tmp_path / "other"), "--shard=4", "--batch=3")
+    flags = of_prompts(published, tmp_path / "other")
+    process = run_script("build_dataset", *flags, "--shard=4", "--batch=3", "--sheet_every=0")
     assert process.returncode == 0, process.stderr
     x0 = [
         data.load(LatentsConfig(str(path), WAN.data.shape)).train[np.arange(6)] for path in (folder, tmp_path / "other")
@@ -114,6 +118,11 @@ def test_the_same_command_goes_on_and_another_is_refused(run_script, published, 
     assert example["x0"].dtype == example["text"].dtype == records.STORED_DTYPES["BF16"]
     process = run_script("build_dataset", *flags)
     assert process.stdout == f"{folder}: 6 examples of [2, 4, 6, 4], whole\n"
+    larger = [flag for flag in flags if "--out" not in flag and "--teacher" not in flag]
+    larger += [f"--teacher={published / 'larger'}", f"--out={tmp_path / 'larger'}"]
+    process = run_script("build_dataset", *larger)
+    assert process.returncode == 0, process.stderr
+    assert records.decode(content(tmp_path / "larger")[0], "it")["x0"].shape == WAN.data.shape
 
 
 def test_what_cannot_be_built_is_refused_before_anything_is_written(run_script, published, tmp_path):
