@@ -9,7 +9,7 @@ import numpy as np
 
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.util.extras import require
-from rcm_jax.util.files import as_path
+from rcm_jax.util.files import as_path, local, stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,10 @@ class Images:
 
 
 def _open(tfds, config: TfdsConfig) -> Any:
-    """The builder of a data set that is prepared; the code that would prepare it is not looked for."""
+    """The builder of a data set that is prepared, or of a copy of it that array_record can read: of an object store's.
+
+    The code that would prepare it is not looked for.
+    """
     if not config.name or not config.path:
         raise ValueError(
             f"config.data.name {config.name!r} and config.data.path {config.path!r} must name a data set of TFDS and "
@@ -107,7 +110,8 @@ def _open(tfds, config: TfdsConfig) -> Any:
         )
     folder = as_path(config.path).expanduser()
     try:
-        return tfds.core.read_only_builder.builder_from_files(config.name, data_dir=str(folder))
+        builder = tfds.core.read_only_builder.builder_from_files(config.name, data_dir=str(folder))
+        return tfds.builder_from_directory(local(builder.data_path)) if stored(folder) else builder
     except ValueError:  # DatasetNotFoundError, whose words are many
         found = {file.parent.parent for depth in ("*/*", "*/*/*") for file in folder.glob(f"{depth}/dataset_info.json")}
         names = ", ".join(sorted(str(path.relative_to(folder)) for path in found))

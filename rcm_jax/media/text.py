@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from rcm_jax.models import TEXT_ENCODERS
 from rcm_jax.models.records import record_of
 from rcm_jax.util.extras import require
+from rcm_jax.util.files import as_path, local
 
 END, PADDING = "</s>", "<pad>"  # tokens that every T5 has
 
@@ -84,9 +85,9 @@ def _open_tokenizer(folder):
 
 def _tokenizer_file(folder) -> pathlib.Path:
     """tokenizer.json of a folder, or of a repository; ValueError if there is none."""
-    path = pathlib.Path(folder) / "tokenizer.json"
+    path = as_path(folder) / "tokenizer.json"
     if path.is_file():
-        return path
+        return local(path)
     if path.parent.is_dir() or not re.fullmatch(r"[\w.-]*\w/[\w.-]+", str(folder)):
         problem = "holds no tokenizer.json" if path.parent.is_dir() else "is no folder"
         raise ValueError(f"{folder} {problem}; name the tokenizer's folder that is published with the encoder")

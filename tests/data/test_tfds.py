@@ -12,6 +12,7 @@ from rcm_jax import data
 from rcm_jax.data import TfdsConfig
 from rcm_jax.data.dataset import batches
 from rcm_jax.evaluate import arrays, report
+from rcm_jax.util.files import as_path, upload
 from tests.tfds_images import CLASSES, pixels, prepare
 
 SHAPE = (8, 6, 3)
@@ -133,6 +134,19 @@ def test_files_that_are_damaged_are_named(tmp_path):
     file.write_bytes(b"no records")
     with pytest.raises(ValueError, match=re.escape(f"tiny in {tmp_path}, split train cannot be read")):
         load(tmp_path)
+
+
+def test_images_in_an_object_store_are_read_from_a_copy(folder, s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("RCM_CACHE", str(tmp_path))
+    bucket = s3("images-of-tfds")
+    for file in sorted(folder.glob("tiny/**/*.*")):
+        if file.is_file():
+            upload(file, as_path(bucket) / "sets" / file.relative_to(folder).as_posix())
+    stored, here = (load(place, test="test") for place in (f"{bucket}/sets", folder))
+    np.testing.assert_array_equal(stored.train[np.arange(9)]["x0"], here.train[np.arange(9)]["x0"])
+    assert len(stored.test) == TEST and list(tmp_path.rglob("tiny-train*"))
+    with pytest.raises(ValueError, match="has no data set cifar10, but tiny; where"):
+        load(f"{bucket}/sets", "cifar10")
 
 
 WITHOUT = """

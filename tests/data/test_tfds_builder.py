@@ -1,5 +1,6 @@
 """Sets of latents for readers of TFDS: what is read there is what the set holds, to the bit, and without TensorFlow."""
 
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ from rcm_jax.data import latents, records, tfds_builder
 from rcm_jax.data.tfds_builder import to_tfds
 from tests.data.test_latents import SHAPE, SMALL, UNCOND, example, two_shapes, wide, written  # noqa: F401 (a fixture)
 from tests.data.test_tfds import WITHOUT
+from tests.scripts.conftest import snapshot
+from tests.stores import contents
 
 READ = (
     WITHOUT
@@ -95,3 +98,14 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path):
     assert to_tfds(tmp_path / "a-set", tmp_path / "tfds", "two") == ["two/2x3x4x5"]
     with pytest.raises(ValueError, match=r"tfds/two/2x3x4x5/1\.0\.0 is there and not an empty folder: choose another"):
         to_tfds(tmp_path / "a-set", tmp_path / "tfds", "two")
+
+
+def test_a_set_is_written_to_an_object_store(tmp_path, s3, monkeypatch):
+    monkeypatch.setenv("RCM_CACHE", str(tmp_path / "cache"))
+    bucket = s3("tfds-of-latents")
+    for data_dir in (tmp_path / "tfds", f"{bucket}/tfds"):
+        assert to_tfds(written(tmp_path / "a-set", 2), data_dir, "two") == ["two/2x3x4x5"]
+        shutil.rmtree(tmp_path / "a-set")
+    assert contents(f"{bucket}/tfds") == snapshot(tmp_path / "tfds")
+    with pytest.raises(ValueError, match=r"tfds/two/2x3x4x5/1\.0\.0 is there and not an empty folder"):
+        to_tfds(written(tmp_path / "a-set", 2), f"{bucket}/tfds", "two")

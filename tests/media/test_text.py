@@ -14,6 +14,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from rcm_jax.media import text
 from rcm_jax.models.t5 import T5Encoder
+from rcm_jax.util.files import as_path, upload
 from tests.t5 import TINY, random_params
 from tests.tiny import relative
 
@@ -81,6 +82,15 @@ def test_folders_without_a_tokenizer_of_t5_are_refused(tmp_path):
         text.tokenize(write_tokenizer(tmp_path / "endless", ends=False), ["a"])
     with pytest.raises(ValueError, match="0 prompts of 512 tokens"):
         text.tokenize(tmp_path, [])
+
+
+def test_a_tokenizer_may_lie_in_an_object_store(tmp_path, s3, monkeypatch):
+    monkeypatch.setenv("RCM_CACHE", str(tmp_path / "cache"))
+    bucket = s3("tokenizers")
+    upload(write_tokenizer(tmp_path / "tokenizer") / "tokenizer.json", as_path(f"{bucket}/umt5/tokenizer.json"))
+    assert text.tokenize(f"{bucket}/umt5", "a cat sits", 5)[0].tolist() == [[3, 4, 5, 1, 0]]
+    with pytest.raises(ValueError, match=f"{bucket}/else is no folder; name"):
+        text.tokenize(f"{bucket}/else", "a cat")
 
 
 @pytest.mark.smoke
