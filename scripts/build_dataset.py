@@ -38,7 +38,7 @@ SHARDS = flags.DEFINE_string("shards", None, "Published shards: a folder of tars
 VERIFY = flags.DEFINE_bool("verify", False, "Read all of a finished set, and compare it with what was written.")
 # Around the network.
 TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Published weights of umT5 (Wan) or T5 (Cosmos), any layout.")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "The folder of its tokenizer.json.")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "The folder of its tokenizer.json, or a repository of the hub.")
 VAE = flags.DEFINE_string("vae", None, "Published weights of the Wan2.1 autoencoder, any layout.")
 NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; its embedding is kept.")
 TILE = flags.DEFINE_integer("tile", None, "Latents a side that the autoencoder takes at once.", lower_bound=2)

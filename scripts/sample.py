@@ -43,7 +43,7 @@ PROMPT = flags.DEFINE_multi_string("prompt", [], "What to show; may be given sev
 PROMPTS = flags.DEFINE_string("prompts", None, "A file of prompts, one on each line.")
 NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What a teacher's guidance leads away from.")
 TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Published weights of umT5 (Wan) or T5 (Cosmos), any layout.")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "The folder of its tokenizer.json.")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "The folder of its tokenizer.json, or a repository of the hub.")
 VAE = flags.DEFINE_string("vae", None, "Published weights of the Wan2.1 autoencoder, any layout.")
 SIZE = flags.DEFINE_string("size", None, "Pixels, e.g. 832x480; the config's if not given.")
 FRAMES = flags.DEFINE_integer("frames", None, "Frames of pixels, 4n + 1; the config's if not given.", lower_bound=1)

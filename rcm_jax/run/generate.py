@@ -32,7 +32,7 @@ from rcm_jax.util.files import as_path, write_whole
 UPSCALE = 8  # of the small images of a grid
 FILES = {  # around a network, and what they are
     "text_encoder": "published weights of umT5 (Wan) or T5 (Cosmos), any layout",
-    "tokenizer": "the folder of its tokenizer.json",
+    "tokenizer": "the folder of its tokenizer.json, or a repository of the hub",
     "vae": "published weights of the Wan2.1 autoencoder, any layout",
 }
 
