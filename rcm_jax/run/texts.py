@@ -10,14 +10,13 @@ from rcm_jax.media import text
 from rcm_jax.models import TEXT_ENCODERS
 from rcm_jax.models.records import record_of
 from rcm_jax.run.experiment import MediaConfig
-from rcm_jax.util.files import local
 
 
 def tokenize(media: MediaConfig, tokenizer, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """(ids, mask) [n, text_length] of sentences, cleaned if the network wants it; ValueError for another tokenizer."""
     sentences = [text.clean(sentence) for sentence in sentences] if media.clean_prompts else sentences
     known = record_of(TEXT_ENCODERS, media.text_encoder).tokens(media.text_encoder)
-    return text.tokenize(local(tokenizer), sentences, media.text_length, known)
+    return text.tokenize(tokenizer, sentences, media.text_length, known)
 
 
 def read_encoder(media: MediaConfig, tensors):
