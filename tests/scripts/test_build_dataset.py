@@ -1,4 +1,4 @@
-"""From prompts to a set that is trained on, with tiny random weights in the layouts of published files."""
+"""From prompts, videos and tars to sets, with tiny random weights in the layouts of published files."""
 
 import json
 
@@ -58,9 +58,9 @@ def content(folder) -> list[bytes]:
     return [record for path in shard_paths(folder) for record in records.open_shard(path)]
 
 
-def test_prompts_become_a_set_that_is_trained_on(run_script, published, tmp_path):
+def test_prompts_become_a_set_of_samples(run_script, published, tmp_path):
     folder = tmp_path / "set"
-    flags = [*of_prompts(published, folder), "--shard=4"]
+    flags = [*of_prompts(published, folder), "--shard=4", "--batch=2"]
     process = run_script("build_dataset", *flags, "--workers=2", "--worker=1")
     assert process.returncode == 0, process.stderr
     assert "1 of 2 shards are left to other workers" in process.stdout
@@ -73,13 +73,7 @@ def test_prompts_become_a_set_that_is_trained_on(run_script, published, tmp_path
     assert imageio.imread(folder / "sheets/00000.png").shape[2] == 3
     process = run_script("build_dataset", f"--out={folder}", "--verify")
     assert process.stdout == f"{folder}: 6 examples, all as they were written\n", process.stderr
-    flags = of_prompts(published, tmp_path / "other")
-    process = run_script("build_dataset", *flags, "--shard=4", "--batch=3", "--sheet_every=0")
-    assert process.returncode == 0, process.stderr
-    x0 = [
-        data.load(LatentsConfig(str(path), WAN.data.shape)).train[np.arange(6)] for path in (folder, tmp_path / "other")
-    ]
-    assert tiny.relative(x0[1]["x0"], x0[0]["x0"]) < 1e-2  # bfloat16, in another program
+    x0 = data.load(LatentsConfig(str(folder), WAN.data.shape)).train[np.arange(6)]["x0"]
 
     lines = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
     assert [(line["key"], line["prompt"], line["seed"]) for line in lines[:3]] == [
@@ -94,13 +88,7 @@ def test_prompts_become_a_set_that_is_trained_on(run_script, published, tmp_path
     params, config = tiny.random_params(wan_vae.init, WAN.media.vae), WAN.media.vae
     pixels = vae.decode(config, params, load_file(out)["x0"][None])
     expected = vae.encode(config, params, np.clip(pixels, -1, 1))[0]
-    assert tiny.relative(x0[0]["x0"][3], expected) < 2e-2
-
-    process = run_script(
-        "train", CONFIG, f"--workdir={tmp_path / 'run'}", f"--config.teacher={published / 'teacher'}",
-        f"--config.data.path={folder}", "--config.train.steps=5",
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
+    assert tiny.relative(x0[3], expected) < 2e-2  # bfloat16, in another program
 
 
 def test_the_same_command_goes_on_and_another_is_refused(run_script, published, tmp_path):
