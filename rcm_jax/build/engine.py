@@ -101,19 +101,18 @@ def make_plan(folder, source: Source, shard_size: int, settings: Mapping[str, An
 def claim(plan: Plan) -> None:
     """Writes plan.json into the folder; ValueError if another set is there, or was begun there, or anything else."""
     path = plan.folder / PLAN
-    if not path.exists():
-        if plan.folder.exists() and (not plan.folder.is_dir() or _visible(plan.folder)):
+    if plan.folder.exists() and not plan.folder.is_dir():
+        raise ValueError(f"{plan.folder} is a file: choose another --out")
+    # Another worker may be first at any moment; hidden files are what it is about to write.
+    there = {child.name for child in plan.folder.iterdir()} if plan.folder.exists() else set()
+    if PLAN not in there:
+        if any(not name.startswith(".") for name in there):
             raise ValueError(f"{plan.folder} is there and not an empty folder: choose another --out")
         write_text(path, json.dumps(plan.made_from, indent=1) + "\n")
-    there = json.loads(path.read_text())  # another worker may have been first
-    if different := sorted(k for k in there.keys() | plan.made_from.keys() if there.get(k) != plan.made_from.get(k)):
-        shown = "; ".join(f"{k}: {there.get(k)} there, {plan.made_from.get(k)} here" for k in different[:5])
+    found = json.loads(path.read_text())
+    if different := sorted(k for k in found.keys() | plan.made_from.keys() if found.get(k) != plan.made_from.get(k)):
+        shown = "; ".join(f"{k}: {found.get(k)} there, {plan.made_from.get(k)} here" for k in different[:5])
         raise ValueError(f"{plan.folder} is being built from something else: {shown}. Choose another --out")
-
-
-def _visible(folder) -> list:
-    """What is in a folder, without what another worker is about to write."""
-    return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 class Skips:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import pathlib
+import secrets
 import shutil
 import tempfile
 import time
@@ -122,7 +123,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[pathlib.Path], object]
             upload(temporary, place)
         return
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.{os.getpid()}")
+    temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
     try:
         write(temporary)
         os.replace(temporary, place)
@@ -150,7 +151,7 @@ def check_writable(path: str | os.PathLike) -> None:
     if place.is_dir():
         raise IsADirectoryError(f"{place} is a folder: name a file")
     if stored(place):
-        probe = place.with_name(f".{place.name}.{os.getpid()}")
+        probe = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
         write_text(probe, "")
         probe.unlink()
         return

@@ -5,6 +5,8 @@ import pathlib
 import re
 import subprocess
 import sys
+import threading
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -215,3 +217,17 @@ def test_what_was_bad_from_the_beginning_counts_as_skipped(tmp_path):
 def test_what_guidance_replaces_must_be_like_the_examples(tmp_path):
     with pytest.raises(ValueError, match=r"uncond\.safetensors holds text float32 \[2, 1\], but the cond"):
         build(tmp_path / "set", source(), uncond=np.zeros((2, 1), np.float32))
+
+
+def test_many_workers_may_start_at_once(tmp_path):
+    for i in range(20):
+        plan, gate = engine.make_plan(tmp_path / str(i), source(), 8, {}), threading.Barrier(8)
+
+        def start(plan=plan, gate=gate):
+            gate.wait()
+            engine.claim(plan)
+            (plan.folder / "uncond.safetensors").write_bytes(b"")
+
+        with futures.ThreadPoolExecutor(8) as pool:
+            for started in [pool.submit(start) for _ in range(8)]:
+                started.result()
