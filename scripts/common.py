@@ -78,6 +78,16 @@ def config_flag(words: str = "", default: str | None = None) -> flags.FlagHolder
     )  # unknown keys are named by `experiment`, together with those that there are
 
 
+def media_flags() -> tuple[flags.FlagHolder, flags.FlagHolder, flags.FlagHolder]:
+    """--text_encoder, --tokenizer and --vae: the published files around a network."""
+    encoder = "Published weights of umT5 (Wan) or T5 (Cosmos), any layout."
+    tokenizer = "The folder of its tokenizer.json, or a repository of the hub."
+    vae = "Published weights of the Wan2.1 autoencoder, any layout."
+    texts = {"text_encoder": encoder, "tokenizer": tokenizer, "vae": vae}
+    first, second, third = (flags.DEFINE_string(name, None, text) for name, text in texts.items())
+    return first, second, third
+
+
 def found_config(argument: str) -> str:
     """--config=digits or --config=digits.py:scm as --config=…/configs/digits.py:scm, where that is a file."""
     match = re.fullmatch(r"(--?config=)([^:]+?)(\.py)?(:.*)?", argument)

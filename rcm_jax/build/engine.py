@@ -49,6 +49,7 @@ class Plan(NamedTuple):
     made_from: Mapping[str, Any]  # all that decides the content, as JSON
 
     def name(self, shard: Shard) -> str:
+        """Of its file in the set."""
         return shard_name(shard.number, len(self.shards))
 
     def part(self, shard: Shard):
@@ -69,10 +70,12 @@ class Plan(NamedTuple):
             return [json.loads(text) for text in pool.map(lambda path: path.read_text(), paths)]
 
     def items(self, shard: Shard) -> list[Item]:
+        """Those that its examples are made of."""
         return [self.source.items[place] for place in shard.places]
 
     @property
     def finished(self) -> bool:
+        """Whether the set is whole."""
         return (self.folder / SET).exists()
 
 
@@ -126,6 +129,7 @@ class Skips:
         self.take()
 
     def add(self, key: str, error) -> None:
+        """One more; ValueError, with its name and the reason, if that is too many."""
         if self.count == self.most:
             raise ValueError(f"{key}: {error}. (--most_skipped={self.most}: raise it to leave more of them out)")
         self.count += 1

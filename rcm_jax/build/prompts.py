@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from rcm_jax.build.source import Item, Source
+from rcm_jax.media.first_frame import check_conditions
 from rcm_jax.run import generate, workdir
 from rcm_jax.run.experiment import Experiment
 from rcm_jax.run.program import make_network
@@ -31,7 +32,8 @@ def prompts(
       batch: samples at once.
 
     Raises:
-      ValueError: no prompts, a workdir of something else, sizes or steps that cannot be.
+      ValueError: no prompts, a workdir of something else, a network that takes more than text, sizes or steps that
+        cannot be.
     """
     if not lines or min(each, batch) < 1 or not 0 <= seed <= 2**32 - each * len(lines):
         raise ValueError(f"{len(lines)} prompts, {each} samples each from seed {seed}, {batch} at once: this cannot be")
@@ -39,6 +41,7 @@ def prompts(
     run = revise(run, {"sampling.teacher_shift": shift, "sampling.teacher_steps": steps or run.sampling.teacher_steps})
     run = _with_network_of(run, teacher)
     generator = generate.load(teacher, mode="teacher", config=run, size=size, frames=frames)
+    check_conditions(run.model, generator.shape, {})
     guidance = generator.guidance if guidance is None else guidance
     _, step = checkpoint.params_of(generator.folder, "ema")
     numbered = enumerate(line for line in lines for _ in range(each))
