@@ -51,11 +51,15 @@ def cases(pattern: str) -> list[pathlib.Path]:
     return sorted(GOLDEN.glob(pattern))
 
 
+def abstract_params(init, config) -> dict:
+    """Shapes and dtypes of the parameters of a network; nothing is allocated."""
+    return nn.meta.unbox(jax.eval_shape(lambda key: init(config, key), jax.random.key(0)))
+
+
 @functools.cache
 def random_params(init, config, key: int = 0) -> dict:
     """Parameters of a network of which none is zero (drawn by numpy: nothing to compile); init: e.g. models.init."""
-    rng = np.random.default_rng(key)
-    shapes = nn.meta.unbox(jax.eval_shape(lambda k: init(config, k), jax.random.key(0)))
+    rng, shapes = np.random.default_rng(key), abstract_params(init, config)
 
     def draw(path, leaf):
         return jnp.asarray((path[-1].key == "scale") + 0.2 * rng.normal(size=leaf.shape), leaf.dtype)
@@ -165,10 +169,11 @@ def distillation(F: denoiser.Velocity, parts: int = 1, **changes) -> Method:
     return rcm_method(config, denoiser.Velocities(F, denoiser.guided(F, config.guidance), F), parts)
 
 
-def pretraining(F: denoiser.Velocity, parts: int = 1) -> Method:
-    """The diffusion method."""
+def pretraining(F: denoiser.Velocity, parts: int = 1, **averages) -> Method:
+    """The diffusion method; averages: other fields of Averaged."""
     optimizer = OptimizerConfig(learning_rate=1e-2, b1=0.9, b2=0.99, warmup_steps=4)
-    return diffusion_method(DiffusionMethod(DiffusionConfig(LogNormal(-0.2, 1.2)), optimizer, ema_std=0.1), F, parts)
+    averages = dict(ema_std=0.1) | averages
+    return diffusion_method(DiffusionMethod(DiffusionConfig(LogNormal(-0.2, 1.2)), optimizer, **averages), F, parts)
 
 
 def teacher(params) -> Teacher:

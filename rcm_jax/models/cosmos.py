@@ -4,7 +4,7 @@ Modulation is a low-rank map of the normalised time features plus one full map t
 modulation, norms and the output are computed in float32, whatever narrower dtype computes the blocks.
 """
 
-import dataclasses
+from typing import Annotated
 
 import flax.linen as nn
 import jax
@@ -14,13 +14,16 @@ from jaxtyping import Array, Float
 
 from rcm_jax.models.layers import (
     Config,
+    Dtype,
     Embedding,
+    Implementation,
     Mlp,
+    Remat,
     RMSNorm,
     Tokens,
     Turns,
     attend,
-    check_config,
+    check_heads,
     dense,
     layer_norm,
     patchify,
@@ -32,52 +35,46 @@ from rcm_jax.models.layers import (
 )
 from rcm_jax.models.records import Network
 from rcm_jax.parallel.sharding import split
+from rcm_jax.util.ranges import Depth, Natural, Width, between, config, only
 
-# What the reference's config can say and the published text-to-image networks all say: nothing else is built.
-ONLY = {
-    "patch_temporal": 1,
-    "use_adaln_lora": True,
-    "pos_emb_cls": "rope3d",
-    "extra_per_block_abs_pos_emb": False,
-    "rope_enable_fps_modulation": False,
-}
+Ratio = Annotated[float, between(0.01, 100)]
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class CosmosConfig(Config):
     """Sizes under the reference's names; defaults are those that all published text-to-image networks share."""
 
-    model_channels: int
-    num_blocks: int
-    num_heads: int
-    in_channels: int = 16
-    out_channels: int = 16
-    patch_spatial: int = 2
-    patch_temporal: int = 1
+    model_channels: Width
+    num_blocks: Depth
+    num_heads: Depth
+    in_channels: Width = 16
+    out_channels: Width = 16
+    patch_spatial: Annotated[int, between(1, 100)] = 2
+    patch_temporal: Annotated[int, only(1)] = 1
     concat_padding_mask: bool = True
-    mlp_ratio: float = 4.0
-    crossattn_emb_channels: int = 1024  # of the text
-    adaln_lora_dim: int = 256
-    rope_h_extrapolation_ratio: float = 4.0
-    rope_w_extrapolation_ratio: float = 4.0
-    rope_t_extrapolation_ratio: float = 1.0
-    max_img_h: int = 240  # of latents, which bounds the grid
-    max_img_w: int = 240
-    max_frames: int = 128
-    # The reference's configs have these, too; some only as ONLY says, the others change nothing here.
-    use_adaln_lora: bool = True
-    pos_emb_cls: str = "rope3d"
-    extra_per_block_abs_pos_emb: bool = False
-    rope_enable_fps_modulation: bool = False
+    mlp_ratio: Ratio = 4.0
+    crossattn_emb_channels: Width = 1024  # of the text
+    adaln_lora_dim: Width = 256
+    rope_h_extrapolation_ratio: Ratio = 4.0
+    rope_w_extrapolation_ratio: Ratio = 4.0
+    rope_t_extrapolation_ratio: Ratio = 1.0
+    max_img_h: Width = 240  # of latents, which bounds the grid
+    max_img_w: Width = 240
+    max_frames: Width = 128
+    # The reference's configs have these, too; some say it of all published networks, the others change nothing here.
+    use_adaln_lora: Annotated[bool, only(True)] = True
+    pos_emb_cls: Annotated[str, only("rope3d")] = "rope3d"
+    extra_per_block_abs_pos_emb: Annotated[bool, only(False)] = False
+    rope_enable_fps_modulation: Annotated[bool, only(False)] = False
     pos_emb_learnable: bool = True
     pos_emb_interpolation: str = "crop"
-    min_fps: int = 1
-    max_fps: int = 30
-    crossattn_proj_in_channels: int | None = None
-    dtype: str = "float32"  # of the blocks; parameters stay in the dtype they have
-    time_dtype: str = "float32"  # of the time embedding; its sines and cosines are computed in float32 at least
-    remat: str = "none"
-    attention: str = "auto"  # implementation of flash_attention
+    min_fps: Natural = 1
+    max_fps: Natural = 30
+    crossattn_proj_in_channels: Natural | None = None
+    dtype: Dtype = "float32"  # of the blocks; parameters stay in the dtype they have
+    time_dtype: Dtype = "float32"  # of the time embedding; its sines and cosines are computed in float32 at least
+    remat: Remat = "none"
+    attention: Implementation = "auto"
 
     @property
     def dim(self):
@@ -88,11 +85,7 @@ class CosmosConfig(Config):
         return (self.patch_temporal, self.patch_spatial, self.patch_spatial)
 
     def __post_init__(self):
-        sizes = ("model_channels", "num_blocks", "num_heads", "in_channels", "out_channels", "patch_spatial")
-        check_config(self, (*sizes, "crossattn_emb_channels", "adaln_lora_dim", "max_img_h", "max_img_w", "max_frames"))
-        for name, value in ONLY.items():
-            if getattr(self, name) != value:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not supported: it must be {value!r}")
+        check_heads(self)
         if self.dim // self.num_heads % 2 or self.dim // self.num_heads < 12:
             raise ValueError(f"model_channels/num_heads {self.dim // self.num_heads} must be even, and 12 at least")
 

@@ -1,6 +1,6 @@
 """A small class-conditional diffusion transformer (DiT, arXiv 2212.09748; QK-norm after arXiv 2302.05442)."""
 
-import dataclasses
+from typing import Annotated
 
 import flax.linen as nn
 import jax
@@ -9,10 +9,14 @@ from jaxtyping import Array, Float, Int
 
 from rcm_jax.models.layers import (
     Config,
+    Dtype,
+    Frequency,
+    Implementation,
     Mlp,
+    Remat,
     SelfAttention,
     Tokens,
-    check_config,
+    check_heads,
     dense,
     layer_norm,
     patchify,
@@ -23,26 +27,27 @@ from rcm_jax.models.layers import (
 )
 from rcm_jax.models.records import Network
 from rcm_jax.parallel.sharding import split
+from rcm_jax.util.ranges import Depth, Frequencies, Width, between, config
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class DiTConfig(Config):
     """Sizes of a DiT on images [b, h, w, c]; the label num_classes is the null class of guidance."""
 
-    num_classes: int
-    patch: int
-    dim: int
-    num_layers: int
-    num_heads: int
-    mlp_ratio: int = 4
-    freq_dim: int = 64  # cosines and sines of the time
-    max_frequency: float = 16.0  # per unit of time: higher resolves t better and makes dF/dt larger
-    dtype: str = "float32"  # compute dtype; parameters and time embedding are float32
-    remat: str = "none"
-    attention: str = "auto"  # implementation of flash_attention
+    num_classes: Width
+    patch: Annotated[int, between(1, 1_000)]
+    dim: Width
+    num_layers: Depth
+    num_heads: Depth
+    mlp_ratio: Annotated[int, between(1, 1_000)] = 4
+    freq_dim: Frequencies = 64  # cosines and sines of the time
+    max_frequency: Frequency = 16.0  # per unit of time: higher resolves t better and makes dF/dt larger
+    dtype: Dtype = "float32"  # compute dtype; parameters and time embedding are float32
+    remat: Remat = "none"
+    attention: Implementation = "auto"
 
     def __post_init__(self):
-        check_config(self, ("num_classes", "patch", "dim", "num_layers", "num_heads", "mlp_ratio", "freq_dim"))
+        check_heads(self)
 
 
 class Block(nn.Module):

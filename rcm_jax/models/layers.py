@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Annotated
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float
 from rcm_jax.kernels.attention import choices, flash_attention  # pyright: ignore[reportMissingImports]
 from rcm_jax.models.product import affine
 from rcm_jax.parallel.sharding import RULES, activation_spec, check_sequence, current_mesh
+from rcm_jax.util.ranges import among, between
 
 Embedding = Float[Array, "b c"]
 Tokens = Float[Array, "b l c"]
@@ -28,6 +30,12 @@ REMAT_POLICIES = {
 }
 
 
+Dtype = Annotated[str, among(DTYPES)]
+Remat = Annotated[str, among(REMAT_POLICIES)]
+Frequency = Annotated[float, between(1e-3, 1e6)]
+Implementation = Annotated[str, among(choices)]  # implementation of flash_attention
+
+
 class Config:
     """Base of the configs of networks: `dtype` computes most of one, `wide` the rest."""
 
@@ -39,18 +47,10 @@ class Config:
         return jnp.promote_types(self.dtype, jnp.float32)
 
 
-def check_config(config, sizes) -> None:
-    """ValueError unless the named sizes are positive, heads divide dim, and dtypes, remat and attention are known."""
-    for name in sizes:
-        least = 2 if name == "freq_dim" else 1  # cosines and sines
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
-    if config.dim % getattr(config, "num_heads", 1):
+def check_heads(config) -> None:
+    """ValueError unless heads divide dim."""
+    if config.dim % config.num_heads:
         raise ValueError(f"num_heads {config.num_heads} does not divide dim {config.dim}")
-    known = {"dtype": DTYPES, "time_dtype": DTYPES, "remat": REMAT_POLICIES, "attention": choices()}
-    for name, values in known.items():
-        if (value := getattr(config, name, None)) is not None and value not in values:
-            raise ValueError(f"{name} {value!r} is none of {', '.join(values)}")
 
 
 def stack(block, length: int, remat: str) -> Callable:
@@ -258,3 +258,20 @@ def rotate_halves(x_blnd: Heads, cos: Turns, sin: Turns) -> Heads:
     first, second = jnp.split(x_blnd, 2, axis=-1)
     cos, sin = cos[:, None], sin[:, None]  # the same for every head
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x_blnd.dtype)
+
+
+def dropped(x: Float[Array, "b ..."], dropout: dict | None, place: int) -> Float[Array, "b ..."]:
+    """x with numbers put to 0 at a rate, and the others scaled up; as it is if dropout is None.
+
+    dropout: a condition {"key": [b, 2] uint32, "rate": [b] float32}. Each sample has its own key, so a call and its
+    tangent, on any devices, drop the same. place tells the layers of a network apart.
+    """
+    if dropout is None:
+        return x
+
+    def one(x, key, rate):
+        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), place)
+        kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+        return jnp.where(kept, x / (1 - rate).astype(x.dtype), 0)
+
+    return jax.vmap(one)(x, dropout["key"], dropout["rate"])

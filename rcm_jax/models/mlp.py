@@ -1,30 +1,26 @@
 """A small residual network on vectors, for data of a few dimensions."""
 
-import dataclasses
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rcm_jax.models.layers import Config, check_config, dense, sinusoids, with_axes
+from rcm_jax.models.layers import Config, Dtype, Frequency, dense, sinusoids, with_axes
 from rcm_jax.models.records import Network
+from rcm_jax.util.ranges import Few, Frequencies, Width, config
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class MLPConfig(Config):
     """Sizes of an MLP on vectors [b, features]; the label num_classes is the null class of guidance."""
 
-    num_classes: int
-    features: int = 2
-    dim: int = 128
-    num_layers: int = 3
-    freq_dim: int = 32  # cosines and sines of the time
-    max_frequency: float = 8.0  # per unit of time: higher resolves t better and makes dF/dt larger
-    dtype: str = "float32"  # compute dtype; parameters, time embedding and output are float32
-
-    def __post_init__(self):
-        check_config(self, ("num_classes", "features", "dim", "num_layers", "freq_dim"))
+    num_classes: Width
+    features: Width = 2
+    dim: Width = 128
+    num_layers: Few = 3
+    freq_dim: Frequencies = 32  # cosines and sines of the time
+    max_frequency: Frequency = 8.0  # per unit of time: higher resolves t better and makes dF/dt larger
+    dtype: Dtype = "float32"  # compute dtype; parameters, time embedding and output are float32
 
 
 class MLP(nn.Module):

@@ -20,6 +20,8 @@ class Network(NamedTuple):
     patch: Callable[[Any], Any] = lambda config: None  # frames, rows, columns of latents in a token; None: no tokens
     parametrization: str = "trigflow"  # what it predicts unless a config says otherwise; rcm_jax.method.denoiser
     time_scale: float = 1.0  # it is given time_scale × its own time
+    optional: tuple[str, ...] = ()  # conditions that it can do without: "guidance", "dropout"
+    normalised: Callable[[Any], Any] | None = None  # parameters -> those that a training step starts from
     published: Mapping[str, Any] = NONE
 
 

@@ -3,35 +3,36 @@
 Norms and softmax are computed in float32 at least, whatever narrower dtype computes the rest.
 """
 
-import dataclasses
 import math
+from typing import Annotated
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from rcm_jax.models.layers import Config, RMSNorm, Tokens, check_config, dense, stack, with_axes
+from rcm_jax.models.layers import Config, Dtype, RMSNorm, Tokens, dense, stack, with_axes
 from rcm_jax.models.product import precision_of
 from rcm_jax.models.records import TextEncoder
+from rcm_jax.util.ranges import Count, Depth, Epsilon, Width, among, between, config, multiple
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class T5Config(Config):
     """Sizes of an encoder, under the names that transformers gives them."""
 
-    vocab_size: int
-    d_model: int
-    d_kv: int  # features of a head
-    d_ff: int
-    num_layers: int
-    num_heads: int
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128  # from there on all distances are one
-    layer_norm_epsilon: float = 1e-6
-    feed_forward_proj: str = "relu"  # or "gated-gelu", of T5 1.1 and umT5
-    model_type: str = "t5"  # all layers share one position bias; "umt5": each has its own
-    dtype: str = "float32"  # of the computation; parameters stay in the dtype they have
+    vocab_size: Annotated[int, between(1, 10_000_000)]
+    d_model: Width
+    d_kv: Width  # features of a head
+    d_ff: Width
+    num_layers: Depth
+    num_heads: Depth
+    relative_attention_num_buckets: Annotated[int, between(4, 10_000), multiple(4)] = 32
+    relative_attention_max_distance: Count = 128  # from there on all distances are one
+    layer_norm_epsilon: Epsilon = 1e-6
+    feed_forward_proj: Annotated[str, among(("relu", "gated-gelu"))] = "relu"  # the other is of T5 1.1 and umT5
+    model_type: Annotated[str, among(("t5", "umt5"))] = "t5"  # in t5 all layers share one position bias
+    dtype: Dtype = "float32"  # of the computation; parameters stay in the dtype they have
 
     @property
     def dim(self):
@@ -39,21 +40,14 @@ class T5Config(Config):
         return self.num_heads * self.d_kv
 
     def __post_init__(self):
-        check_config(self, ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"))
         if self.dtype == "float16":
             raise ValueError("dtype float16 ends at 65,504, which activations of T5 exceed; take bfloat16")
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
-        if buckets < 4 or buckets % 4 or distance <= buckets // 4:
+        if distance <= buckets // 4:
             raise ValueError(
-                f"relative_attention_num_buckets {buckets} must be a multiple of 4, and "
-                f"relative_attention_max_distance {distance} above its quarter"
+                f"relative_attention_max_distance {distance} must be above a quarter of "
+                f"relative_attention_num_buckets {buckets}"
             )
-        if self.layer_norm_epsilon <= 0:
-            raise ValueError(f"layer_norm_epsilon {self.layer_norm_epsilon} must be above 0")
-        if self.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise ValueError(f"feed_forward_proj {self.feed_forward_proj!r} is none of relu, gated-gelu")
-        if self.model_type not in ("t5", "umt5"):
-            raise ValueError(f"model_type {self.model_type!r} is none of t5, umt5")
 
 
 PUBLISHED = {

@@ -4,8 +4,8 @@ Every parameter has its logical axes; the blocks are one scan. Time embedding, m
 in float32, whatever narrower dtype computes the blocks: the tangent of a large network needs it (rCM, section 4).
 """
 
-import dataclasses
 import functools
+from typing import Annotated
 
 import flax.linen as nn
 import jax
@@ -15,13 +15,16 @@ from jaxtyping import Array, Float
 
 from rcm_jax.models.layers import (
     Config,
+    Dtype,
+    Implementation,
     LayerNorm,
     Mlp,
+    Remat,
     RMSNorm,
     Tokens,
     Turns,
     attend,
-    check_config,
+    check_heads,
     dense,
     layer_norm,
     patchify,
@@ -34,58 +37,52 @@ from rcm_jax.models.layers import (
 )
 from rcm_jax.models.records import Network
 from rcm_jax.parallel.sharding import split
+from rcm_jax.util.ranges import Depth, Epsilon, Frequencies, Width, WidthOr0, among, between, config
 
 CLIP_TOKENS = 257  # of the image features of Wan2.1's image to video
 CLIP_EPS = 1e-5  # of the two norms around the image features, which the reference leaves at its framework's default
 
 
-@dataclasses.dataclass(frozen=True)
+Patch = Annotated[int, between(1, 100)]
+
+
+@config
 class WanConfig(Config):
     """Sizes of a Wan network, under the reference's names; defaults are what all published ones share."""
 
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    num_layers: int
-    model_type: str = "t2v"  # "i2v" is given an image as further channels y
-    in_dim: int = 16  # channels of x, and of y if there is one
-    out_dim: int = 16
-    text_dim: int = 4096
-    text_len: int = 512  # most text tokens
-    freq_dim: int = 256  # cosines and sines of the time
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    eps: float = 1e-6
-    clip_dim: int = 0  # width of CLIP features of the image; 0: none are used (text to video, Wan2.2)
-    t5_tokens: int | None = None  # where the reference splits text from image tokens: text_len, if given
-    dtype: str = "float32"  # of the blocks; parameters stay in the dtype they have
-    time_dtype: str = "float32"  # of the time embedding's layers; its sines and cosines are float32 at least
-    remat: str = "none"
-    attention: str = "auto"  # implementation of flash_attention
+    dim: Width
+    ffn_dim: Width
+    num_heads: Depth
+    num_layers: Depth
+    model_type: Annotated[str, among(("t2v", "i2v"))] = "t2v"  # "i2v" is given an image as further channels y
+    in_dim: Width = 16  # channels of x, and of y if there is one
+    out_dim: Width = 16
+    text_dim: Width = 4096
+    text_len: Width = 512  # most text tokens
+    freq_dim: Frequencies = 256  # cosines and sines of the time
+    patch_size: tuple[Patch, Patch, Patch] = (1, 2, 2)
+    eps: Epsilon = 1e-6
+    clip_dim: WidthOr0 = 0  # width of CLIP features of the image; 0: none are used (text to video, Wan2.2)
+    t5_tokens: Width | None = None  # where the reference splits text from image tokens: text_len, if given
+    dtype: Dtype = "float32"  # of the blocks; parameters stay in the dtype they have
+    time_dtype: Dtype = "float32"  # of the time embedding's layers; its sines and cosines are float32 at least
+    remat: Remat = "none"
+    attention: Implementation = "auto"
 
     @property
     def patch(self):
         return self.patch_size
 
     def __post_init__(self):
-        if isinstance(self.patch_size, list):  # as JSON has it
-            object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        sizes = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "text_len", "freq_dim")
-        check_config(self, sizes)
-        if self.dim // self.num_heads % 2 or self.freq_dim % 2:
-            raise ValueError(f"dim/num_heads {self.dim // self.num_heads} and freq_dim {self.freq_dim} must be even")
-        patch = self.patch_size if isinstance(self.patch_size, tuple) else ()
-        if len(patch) != 3 or not all(isinstance(p, int) and p > 0 for p in patch):
-            raise ValueError(f"patch_size {self.patch_size} must be three positive sizes: frames, rows, columns")
-        if self.eps <= 0:
-            raise ValueError(f"eps {self.eps} must be above 0")
-        if self.model_type not in ("t2v", "i2v"):
-            raise ValueError(f"model_type {self.model_type!r} is none of t2v, i2v")
+        check_heads(self)
+        if self.dim // self.num_heads % 2:
+            raise ValueError(f"dim/num_heads {self.dim // self.num_heads} must be even")
         if (self.in_dim == self.out_dim) != (self.model_type == "t2v") or self.in_dim < self.out_dim:
             raise ValueError(
                 f"in_dim {self.in_dim} and out_dim {self.out_dim} do not fit model_type {self.model_type!r}: they are "
                 "equal for t2v; for i2v in_dim has the channels of y as well"
             )
-        if self.clip_dim < 0 or (self.clip_dim and self.model_type == "t2v"):
+        if self.clip_dim and self.model_type == "t2v":
             raise ValueError(f"clip_dim {self.clip_dim} does not fit model_type {self.model_type!r}")
         if self.t5_tokens not in (None, self.text_len):
             raise ValueError(f"t5_tokens {self.t5_tokens} must be text_len {self.text_len}, or not given")

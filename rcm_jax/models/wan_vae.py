@@ -5,8 +5,8 @@ its cache, and returns those for the next chunk. A cache is a dict of arrays; an
 same code takes a whole video at once. The first frame stands alone; after it, four frames of pixels are one of latents.
 """
 
-import dataclasses
 import math
+from typing import Annotated
 
 import flax.linen as nn
 import jax
@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rcm_jax.kernels.attention import flash_attention  # pyright: ignore[reportMissingImports]
-from rcm_jax.models.layers import Config, at_least_float32, check_config, with_axes
+from rcm_jax.models.layers import Config, Dtype, at_least_float32, with_axes
 from rcm_jax.models.product import precision_of
 from rcm_jax.models.records import Autoencoder
+from rcm_jax.util.ranges import Few, Finite, Positive, Width, config, only
 
 # Of the latents of the published weights, by channel: x0 = (mu − mean)/std has unit variance.
 LATENT_MEAN = (
@@ -28,24 +29,22 @@ LATENT_STD = (
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916,
 )  # fmt: skip
 Video = Float[Array, "b t h w c"]  # of pixels, of latents or between
-# What the reference's config can say and the published network says: nothing else is built.
-ONLY = {"attn_scales": (), "dropout": 0.0}
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class WanVAEConfig(Config):
     """Sizes under the reference's names; defaults are those of the published network."""
 
-    dim: int = 96  # channels at full resolution
-    z_dim: int = 16  # channels of the latents
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)  # times dim: channels of every stage
-    num_res_blocks: int = 2  # of a stage of the encoder; the decoder has one more
-    attn_scales: tuple[float, ...] = ()
+    dim: Width = 96  # channels at full resolution
+    z_dim: Width = 16  # channels of the latents
+    dim_mult: tuple[Few, ...] = (1, 2, 4, 4)  # times dim: channels of every stage
+    num_res_blocks: Few = 2  # of a stage of the encoder; the decoder has one more
+    attn_scales: Annotated[tuple[Finite, ...], only(())] = ()
     temperal_downsample: tuple[bool, ...] = (False, True, True)  # are frames halved as rows and columns are, by stage
-    dropout: float = 0.0
-    latents_mean: tuple[float, ...] = LATENT_MEAN  # by channel of the latents, which belong to the weights
-    latents_std: tuple[float, ...] = LATENT_STD
-    dtype: str = "float32"  # of the computation; norms and attention are float32 at least
+    dropout: Annotated[float, only(0)] = 0.0
+    latents_mean: tuple[Finite, ...] = LATENT_MEAN  # by channel of the latents, which belong to the weights
+    latents_std: tuple[Positive, ...] = LATENT_STD
+    dtype: Dtype = "float32"  # of the computation; norms and attention are float32 at least
 
     @property
     def stride(self) -> tuple[int, int, int]:
@@ -54,20 +53,14 @@ class WanVAEConfig(Config):
         return 2 ** sum(self.temperal_downsample), side, side
 
     def __post_init__(self):
-        for name in ("dim_mult", "attn_scales", "temperal_downsample", "latents_mean", "latents_std"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists
-        check_config(self, ("dim", "z_dim", "num_res_blocks"))
-        for name, value in ONLY.items():
-            if getattr(self, name) != value:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not supported: it must be {value!r}")
-        if len(self.dim_mult) != len(self.temperal_downsample) + 1 or min(self.dim_mult) < 1:
+        if len(self.dim_mult) != len(self.temperal_downsample) + 1:
             raise ValueError(
-                f"dim_mult {self.dim_mult} must be positive numbers, one more than those of temperal_downsample "
+                f"dim_mult {self.dim_mult} must be one number more than those of temperal_downsample "
                 f"{self.temperal_downsample}"
             )
-        if {len(self.latents_mean), len(self.latents_std)} != {self.z_dim} or min(self.latents_std) <= 0:
+        if {len(self.latents_mean), len(self.latents_std)} != {self.z_dim}:
             raise ValueError(
-                f"latents_mean and latents_std (above 0) must be z_dim = {self.z_dim} numbers each, got "
+                f"latents_mean and latents_std must be z_dim = {self.z_dim} numbers each, got "
                 f"{self.latents_mean} and {self.latents_std}"
             )
         if any(self.dim * mult % 2 for mult in self.dim_mult[1:]):
@@ -260,8 +253,11 @@ class Decoder(nn.Module):
         return x.astype(c.wide), cache
 
 
-def check_pixels(config: WanVAEConfig, shape, *, started: bool = False) -> None:
-    """ValueError unless pixels of that shape can be encoded; `started`: they go on with a video."""
+def check_pixels(config, shape, *, started: bool = False) -> None:
+    """ValueError unless pixels of that shape can be encoded; `started`: they go on with a video.
+
+    config: of any autoencoder with a stride, as of `check_latents` with a z_dim.
+    """
     if len(shape) != 5 or shape[-1] != 3 or 0 in shape:
         raise ValueError(f"pixels must be [b, t, h, w, 3], none of them 0, got {tuple(shape)}")
     (frames, *sides), (step, *units) = shape[1:4], config.stride
@@ -275,7 +271,7 @@ def check_pixels(config: WanVAEConfig, shape, *, started: bool = False) -> None:
             raise ValueError(f"{what} {side} must be a multiple of {unit}: nearest are {near}")
 
 
-def check_latents(config: WanVAEConfig, shape) -> None:
+def check_latents(config, shape) -> None:
     """ValueError unless latents of that shape can be decoded."""
     if len(shape) != 5 or shape[-1] != config.z_dim or 0 in shape:
         raise ValueError(f"latents must be [b, t, h, w, {config.z_dim}], none of them 0, got {tuple(shape)}")

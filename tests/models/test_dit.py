@@ -117,11 +117,11 @@ def test_a_fresh_network_predicts_zero_and_its_parameters_are_float32_with_logic
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"patch": 0}, "patch must be at least 1, got 0"),
-        ({"dtype": "float33"}, "'float33' is none of float32"),
+        ({"patch": 0}, "patch is 0: it must be"),
+        ({"dtype": "float33"}, "is 'float33': it must be one of float32"),
         ({"num_heads": 3}, "num_heads 3 .*dim 16"),
-        ({"remat": "some"}, "'some' is none of none, full, save_attention, save_products"),
-        ({"attention": "tritn"}, "attention 'tritn' is none of auto, reference, blockwise, triton, pallas_tpu"),
+        ({"remat": "some"}, "is 'some': it must be one of none, full, save_attention, save_products"),
+        ({"attention": "tritn"}, "attention is 'tritn': it must be one of auto, reference, blockwise, triton"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_their_numbers(change, message):

@@ -11,12 +11,13 @@ from rcm_jax.models import layers, mlp, t5, wan_vae
 from rcm_jax.models.classifier import ClassifierNet
 from tests import tiny
 from tests.cosmos import TINY as COSMOS
+from tests.edm2 import TINY as EDM2
 from tests.wan import TINY as WAN
 
 TEXT = t5.T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
 VAE = wan_vae.WanVAEConfig(dim=4, z_dim=4, num_res_blocks=1, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
 NETWORKS = {"wan": WAN, "cosmos": COSMOS, "dit": tiny.MODEL}
-NETWORKS |= {"mlp": mlp.MLPConfig(num_classes=2, dim=8, num_layers=1)}
+NETWORKS |= {"edm2": EDM2, "mlp": mlp.MLPConfig(num_classes=2, dim=8, num_layers=1)}
 
 
 def products(jaxpr):
