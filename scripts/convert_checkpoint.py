@@ -1,7 +1,7 @@
 """Convert published weights: python scripts/convert_checkpoint.py --model=wan-1.3b --src=FILE_OR_FOLDER --dst=DIR
 
-The source is .safetensors (one file, or shards with an index), .pth or .pt, in the layout of Wan-AI, of NVlabs/rcm,
-of cosmos-predict2 or of diffusers; which one is seen by the names. DIR becomes a workdir that config.teacher can name.
+The source is .safetensors (one file, or shards with an index), .pth, .pt or a .pkl of NVlabs, in the layout of Wan-AI,
+NVlabs (rcm, edm), cosmos-predict2 or diffusers, seen by the names. DIR becomes a workdir that config.teacher can name.
 """
 
 import common  # noqa: I001  (puts the checkout on the path)
@@ -17,7 +17,7 @@ from rcm_jax.convert.files import open_tensors
 from rcm_jax.util.files import check_new_folder
 
 MODEL = flags.DEFINE_string("model", None, f"{', '.join(convert.PUBLISHED)}, or a JSON file as config.model.")
-SRC = flags.DEFINE_string("src", None, "A .safetensors, .safetensors.index.json, .pth or .pt file, or a folder of one.")
+SRC = flags.DEFINE_string("src", None, "A .safetensors, .safetensors.index.json, .pth, .pt or .pkl file, or a folder.")
 DST = flags.DEFINE_string("dst", None, "The workdir to make: new or empty.")
 DTYPE = flags.DEFINE_enum("dtype", "keep", ["keep", *convert.PUBLISHED_DTYPES], "Of the parameters that are written.")
 PREFIX = flags.DEFINE_string("prefix", None, "Take the tensors under this prefix alone, e.g. net_ema.")

@@ -48,8 +48,8 @@ def main():
     if kind not in convert.GENERATORS:
         raise ValueError(f"{CHECKPOINT.value} holds a {kind}; what can be exported is {', '.join(convert.GENERATORS)}")
     convert.check_layout(kind, run.model, LAYOUT.value)
-    if SHARD_GB.value is not None and SHARD_GB.value <= 0:
-        raise ValueError(f"--shard_gb={SHARD_GB.value} must be above 0")
+    if SHARD_GB.value is not None and not 0 < SHARD_GB.value < math.inf:
+        raise ValueError(f"--shard_gb={SHARD_GB.value} must be above 0, and finite")
     check_new_folder(DST.value)
     abstract, step = checkpoint.params_of(CHECKPOINT.value, ITEM.value, STEP.value)
     count, _, held = common.tally(dict(enumerate(jax.tree.leaves(abstract))))

@@ -2,8 +2,9 @@
 
 python scripts/random_weights.py --config=wan_1_3b.py:tiny --out=DIR
 
-DIR then has a teacher (a workdir), text_encoder, tokenizer and vae, for the flags of build_dataset.py, train.py and
-sample.py. What comes out is noise. Meant for `:tiny`: a full-size config takes as many GB as the real weights.
+DIR then has a teacher (a workdir), a vae and, for configs with text, a text_encoder and a tokenizer, for the flags of
+build_dataset.py, train.py and sample.py. What comes out is noise. Meant for `:tiny`: a full-size config takes as many
+GB as the real weights.
 """
 
 import common  # noqa: I001  (puts the checkout on the path)
@@ -15,12 +16,12 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from rcm_jax import convert, models
+from rcm_jax import convert
 from rcm_jax.convert.files import write_tensors
-from rcm_jax.models import t5, wan_vae
 from rcm_jax.run import workdir
 from rcm_jax.run.experiment import Predictor
-from rcm_jax.util.files import new_folder
+from rcm_jax.run.program import make_network, zeros
+from rcm_jax.util.files import as_path, new_folder
 
 CONFIG = common.config_flag("The experiment whose networks are made.")
 OUT = flags.DEFINE_string("out", None, "A new or empty folder.")
@@ -36,16 +37,17 @@ def main():
         raise ValueError("this config has no media: there is nothing around its network")
     logging.set_verbosity(logging.ERROR)  # orbax warns of the format that is chosen on purpose
     with new_folder(OUT.value) as folder:
-        for name, init, config in (
-            ("text_encoder", t5.init, run.media.text_encoder),
-            ("vae", wan_vae.init, run.media.vae),
-        ):
+        around = {"vae": run.media.vae} | ({"text_encoder": encoder} if (encoder := run.media.text_encoder) else {})
+        for name, config in around.items():
             kind = convert.name_of(config)
-            write_tensors(folder / name, convert.to_reference(kind, draw(init, config), config, "official"))
-        write_tokenizer(folder / "tokenizer", run.media.text_encoder.vocab_size)
+            layout, model = next(iter(convert.MODELS[kind].layouts(config))), convert.MODELS[kind]
+            write_tensors(folder / name, convert.to_reference(kind, draw(model.init, config), config, layout))
+        if encoder:
+            write_tokenizer(folder / "tokenizer", encoder.vocab_size)
         teacher = Predictor(run.model, run.parametrization, run.time_scale)
-        workdir.write_converted(folder / "teacher", teacher, draw(models.init, run.model))
-    print(f"{OUT.value}: teacher, text_encoder, tokenizer, vae, all random")
+        network = make_network(run, zeros(run, run.data.shape).first)
+        workdir.write_converted(folder / "teacher", teacher, draw(lambda config, key: network.init(key), run.model))
+    print(f"{OUT.value}: {', '.join(sorted(path.name for path in as_path(OUT.value).iterdir()))}, all random")
 
 
 def draw(init, config) -> dict:

@@ -56,12 +56,13 @@ def pickled(x) -> bytes:
     return b"\x80\x02" + opcodes(x) + b"."
 
 
-def storage(key: str, numel, kind: str = "FloatStorage"):
-    return Reference(("storage", Name("torch", kind), key, "cpu", numel))
+def storage(key: str, numel, kind: str = "FloatStorage", rest: tuple = ()):
+    return Reference(("storage", Name("torch", kind), key, "cpu", numel, *rest))
 
 
-def tensor(key: str, size, stride, numel, offset=0, kind: str = "FloatStorage"):
-    return Call(REBUILD, (storage(key, numel, kind), offset, size, stride, False, ORDERED))
+def tensor(key: str, size, stride, numel, offset=0, kind: str = "FloatStorage", rest: tuple = ()):
+    """rest: what references have besides in old files."""
+    return Call(REBUILD, (storage(key, numel, kind, rest), offset, size, stride, False, ORDERED))
 
 
 def save(path: pathlib.Path, content, storages=None, *, byteorder=b"little", compression=zipfile.ZIP_STORED):
@@ -88,3 +89,50 @@ def save_state_dict(path: pathlib.Path, arrays: dict[str, np.ndarray]):
         tensors[name] = tensor(str(i), array.shape, strides, array.size, kind=kinds[array.dtype.name])
         storages[str(i)] = array
     return save(path, tensors, storages)
+
+
+def in_bytes(data: bytes) -> bytes:
+    """The opcode BINBYTES."""
+    return b"B" + len(data).to_bytes(4, "little") + data
+
+
+def old_stream(array: np.ndarray, kind: str = "FloatStorage", **changes) -> bytes:
+    """The storage of an array as torch.save wrote it before 1.6; changes: of the parts below."""
+    reference = ("storage", Name("torch", kind), "7", "cpu", array.size, None)
+    parts = {
+        "magic": opcodes(0x1950A86A20F9469CFC6C),
+        "version": opcodes(1001),
+        "machine": opcodes({"protocol_version": 1001, "little_endian": True}),
+        "storage": opcodes(Reference(reference)),
+        "keys": opcodes(["7"]),
+        "count": array.size.to_bytes(8, "little"),
+        "memory": array.ravel("K").tobytes(),
+    } | changes
+    pickles = [b"\x80\x02" + parts[name] + b"." for name in ("magic", "version", "machine", "storage", "keys")]
+    return b"".join(pickles) + parts["count"] + parts["memory"]
+
+
+def snapshot_tensor(array: np.ndarray, stream: bytes | None = None, kind: str = "FloatStorage"):
+    """A tensor in a pickle of its own, not in a file of torch.save."""
+    data = in_bytes(old_stream(array, kind) if stream is None else stream)
+    strides = tuple(stride // array.itemsize for stride in array.strides)
+    from_bytes = Call(Name("torch.storage", "_load_from_bytes"), (data,))
+    return Call(REBUILD, (from_bytes, 0, array.shape, strides, False, ORDERED))
+
+
+def module(parameters=None, buffers=None, modules=None, **state):
+    """A module of NVlabs, with a source that must not run."""
+    groups = {"_parameters": parameters or {}, "_buffers": buffers or {}, "_modules": modules or {}}
+    meta = {"type": "class", "version": 6, "module_src": "raise SystemExit", "class_name": "Net"}
+    return Call(Name("torch_utils.persistence", "_reconstruct_persistent_obj"), (meta | {"state": groups | state},))
+
+
+def nested_modules(arrays: dict[str, np.ndarray]):
+    """A module of modules that has these arrays as its state dict."""
+    own = {name: snapshot_tensor(array) for name, array in arrays.items() if "." not in name}
+    parts = {}
+    for name, array in arrays.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            parts.setdefault(first, {})[rest] = array
+    return module(own, modules={name: nested_modules(part) for name, part in parts.items()})

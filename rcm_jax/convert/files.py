@@ -16,11 +16,13 @@ import numpy as np
 import safetensors
 
 from rcm_jax.convert.lazy import LazyTensor
+from rcm_jax.convert.nvlabs import open_snapshot
 from rcm_jax.convert.torch_file import open_torch_file
 from rcm_jax.util.files import as_path, local, new_folder
 
 INDEX = ".safetensors.index.json"
 TORCH = (".pth", ".pt", ".bin")
+SNAPSHOT = ".pkl"  # of NVlabs
 SAFETENSORS = {  # dtypes, by their names there
     "F64": np.dtype("float64"),
     "F32": np.dtype("float32"),
@@ -44,7 +46,7 @@ NOTHING: Mapping[str, str] = types.MappingProxyType({})
 def open_tensors(path: str | os.PathLike) -> dict[str, LazyTensor]:
     """{name: tensor} of a .safetensors, .pth, .pt or .bin file, of a *.safetensors.index.json, or of a folder with one.
 
-    Files of an object store are copied to the cache of this machine first.
+    Of a .pkl of NVlabs: its averaged network ("ema"). Files of an object store are copied to the cache of this machine.
     Raises ValueError for files that are damaged, that disagree, or of which there is more than one to choose from.
     """
     place = as_path(path)
@@ -58,7 +60,9 @@ def open_tensors(path: str | os.PathLike) -> dict[str, LazyTensor]:
         return _open_safetensors(local(place))
     if place.suffix in TORCH:
         return open_torch_file(local(place))
-    endings = f".safetensors, {INDEX}, {' or '.join(TORCH)}"
+    if place.suffix == SNAPSHOT:
+        return open_snapshot(local(place))
+    endings = f".safetensors, {INDEX}, {', '.join(TORCH)} or {SNAPSHOT}"
     raise ValueError(f"{place} is no checkpoint by its name: it must end in {endings}")
 
 

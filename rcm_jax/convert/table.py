@@ -16,8 +16,11 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from rcm_jax.convert.values import check_finite
+
 FLOATS = tuple(np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
-PREFIXES = ("net.", "net_ema.", "net_fake_score.", "model.diffusion_model.")  # of training checkpoints, of ComfyUI
+# Of training checkpoints, of ComfyUI, of the networks that NVlabs wraps. The longest that fits is a name's.
+PREFIXES = ("net.", "net_ema.", "net_fake_score.", "model.diffusion_model.", "model.")
 
 
 class Conversion(NamedTuple):
@@ -72,6 +75,11 @@ MODULES = {
     "table": (("", "", TABLE),),
     "conv": (("/kernel", ".weight", CONV), ("/bias", ".bias", SAME)),
     "image_gamma": (("/scale", ".gamma", channel_form(2)),),
+    "kernel": (("/kernel", ".weight", CONV),),
+    "batch_norm": tuple(
+        (f"/{ours}", f".{theirs}", SAME)
+        for ours, theirs in (("scale", "weight"), ("bias", "bias"), ("mean", "running_mean"), ("var", "running_var"))
+    ),
     "video_gamma": (("/scale", ".gamma", channel_form(3)),),
 }
 
@@ -161,10 +169,11 @@ def without_prefix(tensors: Mapping) -> Mapping:
 
     Raises ValueError if a file holds several networks, told apart by such prefixes.
     """
-    found = [prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in tensors)]
+    prefixes = {name: max((p for p in PREFIXES if name.startswith(p)), key=len, default="") for name in tensors}
+    found = [prefix for prefix in PREFIXES if prefix in prefixes.values()]
     if not found:
         return tensors
-    bare = [name for name in tensors if not name.startswith(tuple(found))]
+    bare = [name for name, prefix in prefixes.items() if not prefix]
     if len(found) > 1 or bare:
         some = found + ([f"none ({bare[0]}, …)"] if bare else [])
         raise ValueError(f"the tensors have several prefixes, {', '.join(some)}: choose one network by its prefix")
@@ -232,6 +241,7 @@ def read_arrays(tensors: Mapping, entries: Mapping[str, Entry], shapes, dtype=No
     arrays = {}
     for name, (rule, layer, _) in entries.items():
         theirs = np.asarray(tensors[name])
+        check_finite(name, theirs)
         shape = shapes[rule.ours]
         if rule.ours not in arrays:
             arrays[rule.ours] = np.empty(shape, dtype or _common_dtype(tensors, entries, rule))

@@ -1,11 +1,14 @@
-"""Reads the zip files of torch.save without torch, and without executing anything that is in them.
+"""Reads the files of torch.save without torch, and without executing anything that is in them.
 
-Format: <root>/data.pkl is a pickle in which tensors refer to storages, <root>/data/<key> is the raw memory of one
-storage, stored uncompressed; <root>/byteorder. A pickle is a program: this one may name nothing but what ALLOWED has.
+Format: a zip in which <root>/data.pkl is a pickle in which tensors refer to storages, <root>/data/<key> is the raw
+memory of one storage, stored uncompressed; <root>/byteorder. Before torch 1.6 it was one pickle after another (a magic
+number, a version, the machine, the content, the keys of its storages) and then the storages, each behind the number of
+its elements. A pickle is a program: this one may name nothing but what ALLOWED has.
 A hostile file can take long or end the process (keys nested millions deep), it cannot run anything.
 """
 
 import collections
+import dataclasses
 import functools
 import io
 import math
@@ -34,11 +37,12 @@ STORAGES = {
     "ByteStorage": np.dtype("uint8"),
     "BoolStorage": np.dtype("bool"),
 }
+MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # with which files of before torch 1.6 begin
 WAY_OUT = "load it with torch where you trust it and save only its state dict, or use the safetensors release"
 
 
-class _File(typing.NamedTuple):
-    """What is read: its name in errors, its bytes, and what opens it."""
+class File(typing.NamedTuple):
+    """What is read: its name in errors, its number of bytes, and what opens it."""
 
     name: str
     size: int
@@ -48,15 +52,24 @@ class _File(typing.NamedTuple):
         return self.name
 
 
-class _Storage(typing.NamedTuple):
-    """An entry of the zip as `numel` elements of a dtype."""
+@dataclasses.dataclass
+class Raw:
+    """A storage of a file that is no zip; where its memory starts is known when all of them are."""
 
-    entry: zipfile.ZipInfo
+    filename: str
+    file_size: float = math.inf
+    start: int = 0
+
+
+class Storage(typing.NamedTuple):
+    """An entry of the zip, a part of an old file, or what is in memory already, as `numel` elements of a dtype."""
+
+    entry: zipfile.ZipInfo | Raw | memoryview
     dtype: np.dtype
     numel: int
 
 
-class _Inert:
+class Inert:
     """Base of the classes that a file can name. A pickle's BUILD finds __setstate__ on the class and on its instances,
     so it can change neither; there is no __dict__."""
 
@@ -67,19 +80,19 @@ class _Inert:
         pass
 
 
-class _Dict(_Inert, dict):
+class Dict(Inert, dict):
     """An OrderedDict without attributes: the _metadata of state dicts is dropped."""
 
     __slots__ = ()
 
 
-class _View(_Inert, collections.namedtuple("_View", "storage offset size stride grad hooks metadata", defaults=[None])):
+class View(Inert, collections.namedtuple("View", "storage offset size stride grad hooks metadata", defaults=[None])):
     """The arguments of torch's rebuild function, unchecked."""
 
     __slots__ = ()
 
 
-class _Parameter(_Inert):
+class _Parameter(Inert):
     """Its tensor."""
 
     __slots__ = ()
@@ -88,7 +101,7 @@ class _Parameter(_Inert):
         return data
 
 
-class _Ignored(_Inert):
+class Ignored(Inert):
     """Something that is no tensor and that real checkpoints have beside them; its arguments are dropped."""
 
     __slots__ = ()
@@ -98,38 +111,41 @@ class _Ignored(_Inert):
 
 
 ALLOWED = {
-    ("torch._utils", "_rebuild_tensor_v2"): _View,
+    ("torch._utils", "_rebuild_tensor_v2"): View,
     ("torch._utils", "_rebuild_parameter"): _Parameter,
-    ("collections", "OrderedDict"): _Dict,
-    ("torch", "Size"): _Ignored,
+    ("collections", "OrderedDict"): Dict,
+    ("torch", "Size"): Ignored,
     # The `_extra_state` that Transformer Engine puts into state dicts: a BytesIO, its bytes encoded as text.
-    ("_io", "BytesIO"): _Ignored,
-    ("_codecs", "encode"): _Ignored,
-    ("__builtin__", "bytes"): _Ignored,
+    ("_io", "BytesIO"): Ignored,
+    ("_codecs", "encode"): Ignored,
+    ("__builtin__", "bytes"): Ignored,
 } | {("torch", name): name for name in STORAGES}
 
 
-class _Unpickler(pickle.Unpickler):
+class Unpickler(pickle.Unpickler):
     """Makes dicts, lists, tuples, numbers, strings and the classes above; every other name is an error."""
 
-    def __init__(self, data: bytes, find_entry):
-        super().__init__(io.BytesIO(data))
-        self._find_entry = find_entry
+    def __init__(self, stream: typing.BinaryIO, find_entry: typing.Any, allowed: typing.Mapping = ALLOWED):
+        super().__init__(stream)
+        self._find_entry, self._allowed = find_entry, allowed
+        self.storages: list[typing.Any] = []  # in the order in which they were met
 
     def find_class(self, module, name):
-        if (module, name) not in ALLOWED:
+        if (module, name) not in self._allowed:
             raise pickle.UnpicklingError(f"it asks for {f'{module}.{name}'!r:.200}, which no plain state dict needs")
-        return ALLOWED[module, name]
+        return self._allowed[module, name]
 
     def persistent_load(self, reference):
-        tag, kind, key, _, numel = reference
-        known = type(kind) is str and kind in STORAGES
+        tag, kind, key, _, numel, *view = reference
+        known = type(kind) is str and kind in STORAGES and view in ([], [None])  # a view of another: until torch 0.4
         if tag != "storage" or not known or type(key) is not str or type(numel) is not int or numel < 0:
             raise pickle.UnpicklingError("a reference is not (storage, type, key, location, number of elements)")
-        storage = _Storage(self._find_entry(f"data/{key}"), STORAGES[kind], numel)
-        needed, held = numel * storage.dtype.itemsize, storage.entry.file_size
+        entry = self._find_entry(f"data/{key}")
+        storage = Storage(entry, STORAGES[kind], numel)
+        needed, held = numel * storage.dtype.itemsize, entry.file_size
         if held < needed:
             raise pickle.UnpicklingError(f"storage {key:.50} has {held} bytes, {numel} × {storage.dtype} need {needed}")
+        self.storages.append(storage)
         return storage
 
 
@@ -141,8 +157,8 @@ def open_torch_file(path: str | os.PathLike) -> dict[str, LazyTensor]:
     """
     place = as_path(path)
     with place.open("rb") as opened:
-        file = _File(str(path), opened.seek(0, os.SEEK_END), lambda: place.open("rb"))
-    return {name: _lazy(file, name, view) for name, view in _flatten(file, _content(file)).items()}
+        file = File(str(path), opened.seek(0, os.SEEK_END), lambda: place.open("rb"))
+    return {name: lazy_tensor(file, name, view) for name, view in flatten(file, _content(file)).items()}
 
 
 def read_torch_tensor(data: bytes, name: str) -> np.ndarray:
@@ -150,15 +166,18 @@ def read_torch_tensor(data: bytes, name: str) -> np.ndarray:
 
     Raises ValueError as open_torch_file does, and for a file with anything else in it.
     """
-    file = _File(name, len(data), lambda: io.BytesIO(data))
+    file = File(name, len(data), lambda: io.BytesIO(data))
     content = _content(file)
-    if not isinstance(content, _View):
+    if not isinstance(content, View):
         raise ValueError(f"{name} holds {type(content).__name__.strip('_').lower()}, not one tensor by itself")
-    return np.asarray(_lazy(file, "the tensor", content))
+    return np.asarray(lazy_tensor(file, "the tensor", content))
 
 
-def _content(file: _File) -> typing.Any:
+def _content(file: File) -> typing.Any:
     """What the pickle makes, with views in the place of tensors."""
+    with file.open() as opened:
+        if opened.read(len(MAGIC)) == MAGIC:
+            return _old_content(file, opened)
     try:
         with file.open() as opened, zipfile.ZipFile(opened) as archive:
             root = _root(archive)
@@ -169,12 +188,52 @@ def _content(file: _File) -> typing.Any:
     except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
         raise ValueError(f"{file} ({file.size} bytes) cannot be read: {_why(file, error)}") from None
     try:
-        _check_opcodes(data)
-        return _Unpickler(data, find_entry).load()
+        check_opcodes(data, len(data))
+        return Unpickler(io.BytesIO(data), find_entry).load()
     except Exception as error:  # a hostile pickle can raise anything
         raise ValueError(
             f"{file} is no plain state dict: {type(error).__name__}: {error}. Nothing in it was executed; {WAY_OUT}"
         ) from None
+
+
+def _old_content(file, opened):
+    """The same for a file of before torch 1.6, opened behind its magic number."""
+    try:
+        version, machine = (Unpickler(_next_pickle(opened), None).load() for _ in range(2))
+        if version != 1001 or not machine["little_endian"]:
+            raise pickle.UnpicklingError(f"it is of version {version}, or written on a big-endian machine")
+        unpickler = Unpickler(_next_pickle(opened), functools.cache(Raw))
+        content = unpickler.load()
+        order = Unpickler(_next_pickle(opened), None).load()
+        storages = {storage.entry.filename: storage for storage in unpickler.storages}
+        if any(storage != storages[storage.entry.filename] for storage in unpickler.storages):
+            raise pickle.UnpicklingError("it has two storages of one name")
+        start = opened.tell()
+        for storage in (storages.pop(f"data/{key}") for key in order):
+            opened.seek(start)
+            if int.from_bytes(opened.read(8), "little") != storage.numel:
+                raise pickle.UnpicklingError(f"{storage.entry.filename} has not {storage.numel} elements")
+            assert isinstance(storage.entry, Raw)
+            storage.entry.start = start + 8
+            start += 8 + storage.numel * storage.dtype.itemsize
+    except Exception as error:  # a hostile pickle can raise anything
+        raise ValueError(
+            f"{file} is no plain state dict: {type(error).__name__}: {error}. Nothing in it was executed; {WAY_OUT}"
+        ) from None
+    if storages or start > file.size:
+        raise ValueError(f"{file} is truncated: it has {file.size} of {start} bytes; download or copy it again")
+    return content
+
+
+def _next_pickle(opened) -> typing.BinaryIO:
+    """The pickle that begins where a file is open, checked; the file then stands behind it."""
+    start = opened.tell()
+    collections.deque(pickletools.genops(opened), 0)
+    size = opened.tell() - start
+    opened.seek(start)
+    data = opened.read(size)
+    check_opcodes(data, size)
+    return io.BytesIO(data)
 
 
 def _root(archive):
@@ -204,27 +263,30 @@ def _why(file, error):
         return f"{error}; {WAY_OUT}"
     if is_zip:
         return f"the zip is truncated or damaged ({error}); download or copy it again"
-    return f"it is no zip (an old torch format, or no torch file); load and save it with a current torch, or {WAY_OUT}"
+    return f"it is no zip, and no old file of torch.save; load and save it with a current torch, or {WAY_OUT}"
 
 
-def _check_opcodes(data):
-    """Refuses what the unpickler does without asking: codes of the copyreg registry, and a memo of any length."""
+def check_opcodes(data, size):
+    """Refuses what the unpickler does without asking: codes of the copyreg registry, and a memo of any length.
+
+    data: bytes, or a stream that is left behind the pickle; of so many bytes in all.
+    """
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in ("EXT1", "EXT2", "EXT4"):
             raise pickle.UnpicklingError(f"it uses the extension code {argument}")
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > len(data):
-            raise pickle.UnpicklingError(f"it has {len(data)} bytes and wants to memorise item {argument}")
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > size:
+            raise pickle.UnpicklingError(f"it has {size} bytes and wants to memorise item {argument}")
 
 
-def _flatten(file, content):
+def flatten(file, content):
     """{dotted name: view} in order, without recursion: depth and sharing are the file's choice."""
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no dict of tensors; {WAY_OUT}")
     views, seen = {}, set()
-    stack: list[tuple[str, dict | _View]] = [("", content)]
+    stack: list[tuple[str, dict | View]] = [("", content)]
     while stack:
         prefix, item = stack.pop()
-        if isinstance(item, _View):
+        if isinstance(item, View):
             name = prefix[1:]
             if name in views:
                 raise ValueError(f"{file} holds two tensors named {name!r:.200}; {WAY_OUT}")
@@ -233,7 +295,7 @@ def _flatten(file, content):
             raise ValueError(f"{file} holds {prefix[1:]!r:.200} a second time; {WAY_OUT}")
         else:
             seen.add(id(item))
-            below = [(key, value) for key, value in item.items() if isinstance(value, dict | _View)]
+            below = [(key, value) for key, value in item.items() if isinstance(value, dict | View)]
             if not all(isinstance(key, str | int) for key, _ in below):
                 raise ValueError(
                     f"{file}: {prefix[1:]!r:.200} has keys that are neither strings nor integers; {WAY_OUT}"
@@ -244,10 +306,10 @@ def _flatten(file, content):
     return views
 
 
-def _lazy(file, name, view):
+def lazy_tensor(file, name, view):
     """The view as a tensor, after checking that it lies inside its storage."""
     storage, offset, size, stride = view[:4]
-    shaped = isinstance(storage, _Storage) and type(size) is tuple and type(stride) is tuple
+    shaped = isinstance(storage, Storage) and type(size) is tuple and type(stride) is tuple
     if not shaped or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
         raise ValueError(f"{file}: {name!r:.200} is no storage with an offset, a shape and strides from 0 up")
     extent = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=False))
@@ -261,19 +323,31 @@ def _lazy(file, name, view):
 
 
 def _read(file, view, extent):
-    """Reads no byte outside the view's extent. The zip's directory does not tell where an entry's data starts:
-    that is behind a local header (30 bytes, then a name and padding) of its own length."""
+    """Reads no byte outside the view's extent."""
     entry, dtype, _ = view.storage
-    with file.open() as opened:
-        opened.seek(entry.header_offset)
-        header = opened.read(30)
-        if len(header) < 30 or header[:4] != b"PK\x03\x04":
-            raise ValueError(f"{file} is damaged: no entry {entry.filename} at byte {entry.header_offset}")
-        skip = sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
-        opened.seek(skip + view.offset * dtype.itemsize, os.SEEK_CUR)
-        data = np.frombuffer(opened.read(extent * dtype.itemsize), np.uint8)
-    if data.size != extent * dtype.itemsize:
-        raise ValueError(f"{file} is truncated: {entry.filename} has {data.size} of {extent * dtype.itemsize} bytes")
+    start, count = view.offset * dtype.itemsize, extent * dtype.itemsize
+    in_memory = isinstance(entry, memoryview)
+    content = bytes(entry[start : start + count]) if in_memory else _read_entry(file, entry, start, count)
+    data = np.frombuffer(content, np.uint8)
     # The stride of an axis of one element is arbitrary, and so are all strides of an empty tensor.
     strides = [step * dtype.itemsize if n > 1 and extent else 0 for n, step in zip(view.size, view.stride, strict=True)]
     return np.lib.stride_tricks.as_strided(data.view(dtype), view.size, strides)
+
+
+def _read_entry(file, entry, start, count):
+    """So many bytes of an old file, or of an entry of the zip. Its directory does not tell where an entry's data
+    starts: that is behind a local header (30 bytes, then a name and padding) of its own length."""
+    with file.open() as opened:
+        if isinstance(entry, Raw):
+            opened.seek(entry.start + start)
+        else:
+            opened.seek(entry.header_offset)
+            header = opened.read(30)
+            if len(header) < 30 or header[:4] != b"PK\x03\x04":
+                raise ValueError(f"{file} is damaged: no entry {entry.filename} at byte {entry.header_offset}")
+            skip = sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+            opened.seek(skip + start, os.SEEK_CUR)
+        content = opened.read(count)
+    if len(content) != count:
+        raise ValueError(f"{file} is truncated: {entry.filename} has {len(content)} of {count} bytes")
+    return content

@@ -236,9 +236,6 @@ def test_values_too_large_for_float16_are_refused():
     tensors["blocks.1.norm3.bias"][3:5] = 7e4
     with pytest.raises(ValueError, match=r"blocks\.1\.norm3\.bias: 2 of 24 values are too large for float16"):
         convert.from_reference("wan", tensors, TINY, dtype="float16")
-    tensors["blocks.1.norm3.bias"][3:5] = np.inf  # as it is there
-    params = convert.from_reference("wan", tensors, TINY, dtype="float16")
-    assert np.isinf(params["blocks"]["cross_norm"]["bias"]).sum() == 2
 
 
 def test_layers_of_several_dtypes_take_one_that_holds_them_all():

@@ -7,6 +7,7 @@ import base64
 import copyreg
 import io
 import os
+import pathlib
 import pickle
 import subprocess
 import tarfile
@@ -98,9 +99,11 @@ def test_files_that_torch_makes_here(tmp_path):
             assert opened[name].shape == tuple(t.shape) and str(opened[name].dtype) == str(t.dtype).split(".")[1]
             bits = t.view(torch.int16).numpy() if t.dtype == torch.bfloat16 else t.detach().numpy()
             np.testing.assert_array_equal(np.asarray(opened[name]).view(bits.dtype), bits, strict=True)
-    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match=r"it is no zip \(an old torch format"):
-        open_torch_file(tmp_path / "old.pt")
+    old = {name: tensor for name, tensor in state.items() if not name.startswith("nothing")}
+    torch.save(old, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert {name: tensor.tolist() for name, tensor in arrays(tmp_path / "old.pt").items()} == {
+        name: tensor.tolist() for name, tensor in old.items()
+    }
 
 
 @pytest.mark.parametrize("kind", STORAGES)
@@ -360,12 +363,12 @@ def test_files_that_are_something_else_are_refused(tmp_path):
     for data in (b"", pickle_alone, b"version https://git-lfs.github.com/spec/v1", b"\0" * 4096):
         path.write_bytes(data)
         with pytest.raises(
-            ValueError, match=rf"m\.pth .{len(data)} bytes. cannot be read: it is no zip .*use the safet"
+            ValueError, match=rf"m\.pth .{len(data)} bytes. cannot be read: it is no zip, .*use the safet"
         ):
             open_torch_file(path)
     with tarfile.open(path, "w") as archive:
         archive.add(__file__, "storages")
-    with pytest.raises(ValueError, match=r"it is no zip \(an old torch format"):
+    with pytest.raises(ValueError, match=r"it is no zip, and no old file of torch\.save"):
         open_torch_file(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a/b.txt", "x")
@@ -377,6 +380,50 @@ def test_files_that_are_something_else_are_refused(tmp_path):
         open_torch_file(save(path, {"x": GOOD}, compression=zipfile.ZIP_DEFLATED))
     with pytest.raises(FileNotFoundError):
         open_torch_file(tmp_path / "none.pt")
+
+
+def old_file(path, content, storages, order=None) -> pathlib.Path:
+    """A file as torch.save made it before 1.6; storages {key: array}."""
+    content = content if isinstance(content, bytes) else pickled(content)
+    parts = [torch_file.MAGIC, pickled(1001), pickled({"little_endian": True}), content, pickled(order or [*storages])]
+    for array in storages.values():
+        parts += [len(array).to_bytes(8, "little"), array.tobytes()]
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+OLD = {"x": tensor("b", (2, 3), (3, 1), 6, rest=(None,)), "y": tensor("a", (2,), (2,), 4, rest=(None,))}
+OLD_STORAGES = {"a": np.arange(4, dtype=np.float32), "b": np.arange(6, dtype=np.float32)}
+
+
+def test_files_of_before_torch_1_6(tmp_path):
+    read = arrays(old_file(tmp_path / "m.pth", OLD, OLD_STORAGES))
+    np.testing.assert_array_equal(read["x"], np.arange(6).reshape(2, 3))
+    np.testing.assert_array_equal(read["y"], [0, 2])
+
+
+def test_old_files_that_disagree_with_themselves_are_refused(tmp_path):
+    path = old_file(tmp_path / "m.pth", OLD, OLD_STORAGES)
+    data = path.read_bytes()
+    for size in range(len(torch_file.MAGIC), len(data), 7):
+        path.write_bytes(data[:size])
+        with pytest.raises(ValueError, match=r"m\.pth is (no plain state dict|truncated)"):
+            open_torch_file(path)
+    for storages, order in (({"a": OLD_STORAGES["a"]}, None), (OLD_STORAGES, ["b", "a"]), (OLD_STORAGES, ["a", "a"])):
+        with pytest.raises(ValueError, match=r"no plain state dict|truncated"):
+            open_torch_file(old_file(path, OLD, storages, order))
+    two = OLD | {"z": tensor("a", (2,), (1,), 2, rest=(None,))}
+    with pytest.raises(ValueError, match="two storages of one name"):
+        open_torch_file(old_file(path, two, OLD_STORAGES))
+
+
+@pytest.mark.parametrize("attack", attacks("marker"))
+def test_an_attack_in_an_old_file_is_refused_as_in_a_zip(tmp_path, attack):
+    marker = tmp_path / "marker"
+    refused, data = attacks(marker)[attack]
+    with pytest.raises(ValueError, match=rf"it asks for '{refused}'.*Nothing in it was executed; load it with torch"):
+        open_torch_file(old_file(tmp_path / "m.pt", data, {}))
+    assert not marker.exists()
 
 
 def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):

@@ -80,5 +80,5 @@ def test_axes_go_where_they_belong():
 def test_it_is_no_generator_to_be_distilled(tmp_path):
     path = tmp_path / "model.json"
     path.write_text('{"kind": "wan_vae"}')
-    with pytest.raises(ValueError, match=r"its kind is 'wan_vae'; it must be one of wan, cosmos$"):
+    with pytest.raises(ValueError, match=r"its kind is 'wan_vae'; it must be one of wan, cosmos, edm, edm2$"):
         convert.named(str(path))
