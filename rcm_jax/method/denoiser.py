@@ -39,10 +39,10 @@ def from_rectified_flow(net, time_scale: float = 1.0) -> Velocity:
     return velocity
 
 
-def from_edm(net, time_scale: float = 0.25, sigma_data: float = 1.0) -> Velocity:
+def from_edm(net, time_scale: float = 0.25, sigma_data: float = 0.5) -> Velocity:
     """F = −F_edm exactly (sigma = sigma_data·tan t, c_in·x_sigma = x_t); the network is given time_scale·ln sigma.
 
-    EDM has time_scale 1/4; sigma_data is the deviation of the data that it was trained on (0.5), ours is 1.
+    EDM and EDM2 have time_scale 1/4; sigma_data is the deviation of the data that they were trained on, ours is 1.
     """
     return lambda params, x, t, cond: -net(params, x, time_scale * jnp.log(sigma_data * jnp.abs(jnp.tan(t))), cond)
 
@@ -63,10 +63,22 @@ def without(cond: dict, uncond: dict) -> dict:
     return cond | {name: jnp.broadcast_to(u, cond[name].shape).astype(cond[name].dtype) for name, u in uncond.items()}
 
 
-def guided(F: Velocity, guidance: float) -> Velocity:
+def with_dropout(F: Velocity, key, rate: float) -> Velocity:
+    """F whose network drops activations at a rate, by the condition "dropout": the same ones in every call."""
+
+    def velocity(params, x, t, cond):
+        keys = jax.random.bits(key, (x.shape[0], 2), jnp.uint32)
+        dropout = {"key": keys, "rate": jnp.full(x.shape[:1], rate, jnp.float32)}
+        return F(params, x, t, cond | {"dropout": dropout})
+
+    return velocity
+
+
+def guided(F: Velocity, guidance: float | None) -> Velocity:
     """Classifier-free guidance F_u + w·(F_c − F_u) in one batched call of 2b.
 
-    The returned velocity takes cond = (cond, uncond), see `without`.
+    The returned velocity takes cond = (cond, uncond), see `without`. guidance: w; None: every sample has its own, the
+    condition "guidance" [b], which the network itself is not given.
     w = 1 is the conditional network alone, at no extra cost. (Cosmos' own sampler counts w from 0: its w is ours − 1.)
     """
     if guidance == 1.0:
@@ -74,9 +86,13 @@ def guided(F: Velocity, guidance: float) -> Velocity:
 
     def velocity(params, x, t, conds):
         cond, uncond = conds
+        w = guidance
+        if w is None:
+            w = trigflow.expand(cond["guidance"], x)
+            cond = {name: value for name, value in cond.items() if name != "guidance"}
         both = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, without(cond, uncond))
         F_c, F_u = jnp.split(F(params, jnp.concatenate([x, x]), jnp.concatenate([t, t]), both), 2)
-        return F_u + guidance * (F_c - F_u)
+        return F_u + w * (F_c - F_u)
 
     return velocity
 

@@ -55,6 +55,18 @@ def ode_times(steps: int, sigma_max: float, shift: float) -> np.ndarray:
     return np.arctan2(shift * u, 1 - u).astype(np.float32)
 
 
+def edm_times(steps: int, sigma_max: float, sigma_min: float, rho: float) -> np.ndarray:
+    """[steps + 1] decreasing times, float32: noise levels from sigma_max to sigma_min, uniform in sigma^(1/rho) (EDM,
+    arXiv 2206.00364, equation 5), and 0. Noise levels are tan t: EDM's, divided by the deviation of its data."""
+    if not (steps >= 2 and 0 < sigma_min < sigma_max < np.inf and rho > 0):
+        raise ValueError(
+            "EDM's times need steps >= 2, 0 < sigma_min < sigma_max < inf and rho > 0, "
+            f"got steps = {steps}, sigma_min = {sigma_min}, sigma_max = {sigma_max}, rho = {rho}"
+        )
+    levels = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps) ** rho
+    return np.append(np.arctan(levels), 0).astype(np.float32)
+
+
 def euler(F: denoiser.Velocity, params, noise: Batch, times, cond) -> Batch:
     """Euler (DDIM) solution of the PF-ODE: noise [b, ...] at times[0], down times [steps + 1]; returns x [b, ...]."""
     batch = noise.shape[0]
@@ -128,4 +140,35 @@ def unipc(F: denoiser.Velocity, params, noise: Batch, times, cond) -> Batch:
     return x
 
 
-SOLVERS = {"euler": euler, "unipc": unipc}
+def heun(F: denoiser.Velocity, params, noise: Batch, times, cond) -> Batch:
+    """Heun's solution of the PF-ODE in the noise level (EDM, algorithm 1, without churn): two calls a step, one in the
+    last. sCM calls it DPM-Solver-2S.
+
+    noise [b, ...] at times[0] < pi/2, down times [steps + 1], which are concrete; returns x [b, ...]. With the noise
+    eps = s·x + c·F and sigma = tan t, a step from t to u takes x/cos t along the mean of eps at t and, as Euler finds
+    it, at u: x_u = cos u·(f + (sigma_u + sigma_t)/2·eps_t + (sigma_u − sigma_t)/2·eps_u).
+    """
+    batch, exact = noise.shape[0], np.asarray(times, np.float64)
+    if len(exact) < 2 or not np.all(np.diff(exact) < 0) or np.tan(exact[0]) < 0 or np.tan(exact[0]) > 1e6:
+        raise ValueError(f"the times of Heun must fall from below pi/2 (sigma_max is finite), got {exact.tolist()}")
+
+    def parts(x, t):  # (f, eps)
+        value, t = F(params, x, jnp.full((batch,), t), cond), trigflow.expand(jnp.full((batch,), t), x)
+        return jnp.cos(t) * x - jnp.sin(t) * value, jnp.sin(t) * x + jnp.cos(t) * value
+
+    def step(x, inputs):
+        t, u, (near, far) = inputs
+        f, eps = parts(x, t)
+        _, eps_u = parts(jnp.cos(u) * f + jnp.sin(u) * eps, u)
+        return jnp.cos(u) * f + near * eps + far * eps_u, None
+
+    t, u = exact[:-2], exact[1:-1]
+    weights = np.cos(u) * (np.tan(u) + np.tan(t)) / 2, np.cos(u) * (np.tan(u) - np.tan(t)) / 2
+    inputs = [jnp.asarray(a, noise.dtype) for a in (t, u, *weights)]
+    x, _ = jax.lax.scan(step, noise, (inputs[0], inputs[1], (inputs[2], inputs[3])))
+    last = jnp.asarray(exact[-2:], noise.dtype)
+    f, eps = parts(x, last[0])
+    return jnp.cos(last[1]) * f + jnp.sin(last[1]) * eps
+
+
+SOLVERS = {"euler": euler, "unipc": unipc, "heun": heun}

@@ -5,10 +5,13 @@ Sources: sCM (arXiv 2410.11081, section 3), rCM (arXiv 2510.08431, section 3). A
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
+
+from rcm_jax.util.ranges import Shift, between, config
 
 Array = jax.Array
 Batch = Float[Array, "b ..."]  # samples, noise, velocities
@@ -68,12 +71,12 @@ def rectified_flow_velocity(x: Batch, F: Batch, t: Times) -> Batch:
     return (c + s) * F - (c - s) * x
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class LogNormal:
     """log tan t ~ N(mean, std²): p_G of the paper, and of the sCM and EDM papers."""
 
-    mean: float
-    std: float
+    mean: Annotated[float, between(-20, 20)]
+    std: Annotated[float, between(1e-3, 20)]
 
     def sample(self, key, shape) -> Array:
         """Times in (0, pi/2), float32, of the given shape."""
@@ -84,11 +87,11 @@ class LogNormal:
         return jnp.arctan(jnp.exp(self.mean + self.std * z))
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class ShiftedUniform:
     """Rectified-flow time uniform in [0, 1), then shifted: tan t = shift·u/(1−u); p_D of the paper has shift 5."""
 
-    shift: float
+    shift: Shift
 
     def sample(self, key, shape) -> Array:
         """Times in [0, pi/2), float32, of the given shape."""

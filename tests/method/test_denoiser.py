@@ -48,10 +48,10 @@ def test_edm_network_is_minus_the_velocity_and_is_given_a_quarter_of_log_sigma(g
     np.testing.assert_allclose(velocity, data["trig_F"], rtol=0, atol=1e-12)
     np.testing.assert_allclose(np.asarray(clean) * sigma_d, data["trig_D"], rtol=0, atol=1e-12)
     np.testing.assert_allclose(np.asarray(clean) * sigma_d, data["edm_D"], rtol=0, atol=1e-12)
-    # c_in·x_sigma = x_t/sigma_d, and c_noise is of sigma/sigma_d, sigma_d = 1 being ours.
+    # c_in·x_sigma = x_t/sigma_d
     c_in = data["edm_c_in"][:, None, None, None]
     np.testing.assert_allclose(seen["x"], c_in * data["edm_x"], rtol=0, atol=1e-12)
-    np.testing.assert_allclose(seen["time"], data["edm_c_noise"] - np.log(sigma_d) / 4, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(seen["time"], data["edm_c_noise"], rtol=0, atol=1e-12)
 
 
 def test_edm_time_is_finite_at_half_pi_in_float32():

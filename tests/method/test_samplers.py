@@ -1,5 +1,6 @@
 """Few-step sampling, the solvers of the PF-ODE and the noise they start from."""
 
+import itertools
 import re
 
 import jax
@@ -16,6 +17,7 @@ def F(params, x, t, cond):
 
 
 COND = jnp.array([0.1, -0.2, 0.3])
+FROM_INFINITY = ("euler", "unipc")  # solvers that may begin at pi/2
 
 
 @pytest.mark.smoke
@@ -76,7 +78,7 @@ def gaussian_error(solver, steps, mean=0.8, deviation=0.5, sigma_max=80.0):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize(("solver", "order", "bound"), [("euler", 1, 0.02), ("unipc", 2, 1e-4)])
+@pytest.mark.parametrize(("solver", "order", "bound"), [("euler", 1, 0.02), ("unipc", 2, 1e-4), ("heun", 2, 2e-4)])
 def test_solver_on_a_gaussian_converges_to_the_exact_flow_at_its_order(solver, order, bound):
     errors = [gaussian_error(samplers.SOLVERS[solver], steps) for steps in (32, 64, 128, 256)]
     orders = np.log2(np.divide(errors[:-1], errors[1:]))
@@ -89,8 +91,9 @@ def test_unipc_beats_euler_at_equal_steps(steps, factor):
     assert factor * gaussian_error(samplers.unipc, steps) < gaussian_error(samplers.euler, steps)
 
 
-@pytest.mark.parametrize("solver", samplers.SOLVERS)
-@pytest.mark.parametrize("sigma_max", [80.0, np.inf])
+@pytest.mark.parametrize(
+    ("solver", "sigma_max"), [*((s, np.inf) for s in FROM_INFINITY), *((s, 80.0) for s in samplers.SOLVERS)]
+)
 def test_solver_is_exact_for_a_single_data_point(solver, sigma_max):
     """F = (c·x − x0)/s is constant along the circle: any steps end in x0."""
     noise = jax.random.normal(jax.random.key(0), (3, 5))
@@ -101,7 +104,7 @@ def test_solver_is_exact_for_a_single_data_point(solver, sigma_max):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("solver", samplers.SOLVERS)
+@pytest.mark.parametrize("solver", FROM_INFINITY)
 @pytest.mark.parametrize("steps", [1, 2, 3, 20])
 def test_float32_from_infinite_sigma_is_float64(solver, steps):
     """pi/2 is beyond pi/2 in float32 and before it in float64; the solutions are those of one noise level."""
@@ -118,6 +121,35 @@ def test_float32_from_infinite_sigma_is_float64(solver, steps):
     assert (single.dtype, double.dtype) == (jnp.float32, jnp.float64)
     assert np.all(np.isfinite(single))
     np.testing.assert_allclose(single, double, atol=1e-5)
+
+
+def test_heun_is_edms_loop_in_the_noise_level_and_cannot_begin_at_half_pi():
+    """EDM's algorithm 1, written with sigma and D as the paper has it, without churn."""
+    with x64():
+        sigmas = np.append(np.tan(np.float64(samplers.edm_times(6, 80.0, 0.004, 7.0))[:-1]), 0)
+        x = np.random.default_rng(0).standard_normal((3, 5)) * sigmas[0]
+        unit = x * np.cos(np.arctan(sigmas[0]))
+
+        def D(x, sigma):
+            t = jnp.full(3, np.arctan(sigma))
+            return np.asarray(denoiser.denoise(F, 0.7, jnp.asarray(x * np.cos(np.arctan(sigma))), t, COND))
+
+        for sigma, following in itertools.pairwise(sigmas):
+            d = (x - D(x, sigma)) / sigma
+            euler = x + (following - sigma) * d
+            if following:
+                d = (d + (euler - D(euler, following)) / following) / 2
+            x = x + (following - sigma) * d
+        found = samplers.heun(F, 0.7, jnp.asarray(unit), np.arctan(sigmas), COND)
+    np.testing.assert_allclose(found, x, atol=1e-9)
+    with pytest.raises(ValueError, match="below pi/2"):
+        samplers.heun(F, 0.7, jnp.asarray(unit), samplers.ode_times(4, np.inf, 1.0), COND)
+
+
+@pytest.mark.parametrize("bad", [(1, 80.0, 0.004, 7.0), (4, np.inf, 0.004, 7.0), (4, 80.0, 80.0, 7.0), (4, 80, 1, 0)])
+def test_grids_of_edm_that_cannot_be_are_refused_with_their_numbers(bad):
+    with pytest.raises(ValueError, match=re.escape(f"got steps = {bad[0]}, sigma_min = {bad[2]}")):
+        samplers.edm_times(*bad)
 
 
 def test_unipc_corrects_with_the_parabola_through_three_predictions():
@@ -198,7 +230,7 @@ def rectified_flow_states(solver, net, x_init, times):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("solver", samplers.SOLVERS)
+@pytest.mark.parametrize("solver", FROM_INFINITY)
 def test_grid_of_the_ode_is_that_of_the_reference(golden, solver):
     data = np.load(golden / "samplers/flow_samplers_analytic.npz")
     tested = 0

@@ -38,13 +38,15 @@ class Term(NamedTuple):
 class Objective(abc.ABC):
     """A loss of the student. Subclasses are frozen dataclasses of its settings; a sum of losses is weighted by `scale`.
 
-    label: what the field calls it. needs_teacher: whether it asks F_T. has_tangent: whether r counts.
+    label: what the field calls it. needs_teacher: whether it asks F_T. has_tangent: whether r counts. averages: whether
+    it is a mean over the numbers of a sample, not their sum.
     """
 
     scale: float
     label: str
     needs_teacher: bool = True
     has_tangent: bool = False
+    averages: bool = False
 
     @abc.abstractmethod
     def term(self, given: Given) -> Term:
@@ -65,43 +67,32 @@ class Matching(Objective):
         """The loss of the fake score, whose gradient is that of given.fake_score."""
 
 
-def check_scale(scale: float) -> None:
-    """ValueError unless the loss counts."""
-    if not scale > 0:
-        raise ValueError(f"scale {scale} must be above 0: to leave the loss out, set its group to None")
-
-
-def check_known(config, **tables) -> None:
-    """ValueError unless each named setting is a key of its table."""
-    for name, known in tables.items():
-        if getattr(config, name) not in known:
-            raise ValueError(f"{name} {getattr(config, name)!r} is none of {', '.join(known)}")
-
-
 def sum_squares(x: Batch) -> Times:
     """‖x‖² per sample."""
     return jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)))
 
 
-# (6); clipping to [−1, 1], the alternative of the sCM paper (section 4.1); and nothing: (g, its norm) -> g
+# (6); clipping to [−1, 1], the alternative of the sCM paper (section 4.1); and nothing: (g, its norm, c) -> g
 LIMITS = {
-    "norm": lambda g, norm: g / (norm + 0.1),
-    "clip": lambda g, norm: jnp.clip(g, -1.0, 1.0),
-    "none": lambda g, norm: g,
+    "norm": lambda g, norm, c: g / (norm + c),
+    "clip": lambda g, norm, c: jnp.clip(g, -1.0, 1.0),
+    "none": lambda g, norm, c: g,
 }
 
 
 def regression(
-    F: Batch, F_fixed: Batch, g: Batch, limit: str = "norm", metrics: dict | None = None
+    F: Batch, F_fixed: Batch, g: Batch, limit: str = "norm", metrics: dict | None = None, constant: float = 0.1
 ) -> tuple[Times, dict[str, Times]]:
     """(6) ‖F − sg[F] − g‖² with g limited, and metrics [b]; F_fixed = sg[F], no gradient passes through g.
+
+    constant: c of g/(‖g‖ + c), for g in our units, those of data of unit variance.
 
     A sample whose F or g is not finite contributes 0, has 1 in the metric "nonfinite", and 0 in the others.
     """
     norm = jnp.sqrt(sum_squares(g))
     finite = jnp.isfinite(norm) & jnp.isfinite(sum_squares(F_fixed))
     # Masked before it meets F: 0·NaN in the backward pass would take the whole batch along.
-    g = jnp.where(trigflow.expand(finite, g), LIMITS[limit](g, trigflow.expand(norm, g)), 0.0)
+    g = jnp.where(trigflow.expand(finite, g), LIMITS[limit](g, trigflow.expand(norm, g), constant), 0.0)
     values = jnp.where(finite, sum_squares(F - F_fixed - g), 0.0)
     watched = {"tangent_norm": norm} | (metrics or {})
     watched = {name: jnp.where(finite, value, 0.0) for name, value in watched.items()}

@@ -1,7 +1,7 @@
 """Consistency in discrete time, between points of the teacher's trajectory: the forward divergence without a jvp."""
 
-import dataclasses
 import itertools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -10,25 +10,25 @@ from jax.lax import stop_gradient
 from rcm_jax.method import denoiser, trigflow
 from rcm_jax.method.denoiser import Velocity
 from rcm_jax.method.keys import named_keys
-from rcm_jax.method.objectives.common import Given, Objective, Term, check_scale, sum_squares
+from rcm_jax.method.objectives.common import Given, Objective, Term, sum_squares
 from rcm_jax.method.trigflow import Array, Batch, Times
+from rcm_jax.util.ranges import Few, Positive, Shift, between, config
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class DcmConfig(Objective):
     """The student's x0 at t against its own after `skip` of `steps` teacher steps."""
 
-    steps: int = 48
-    skip: int = 1
-    shift: float = 5.0  # of the grid, uniform in rectified-flow time before the shift
-    scale: float = 100.0
+    steps: Annotated[int, between(2, 1_000_000)] = 48
+    skip: Few = 1
+    shift: Shift = 5.0  # of the grid, uniform in rectified-flow time before the shift
+    scale: Positive = 100.0
 
     label = "dCM"
 
     def __post_init__(self):
-        if not 1 <= self.skip < self.steps:
-            raise ValueError(f"skip {self.skip} must be at least 1 and below steps, {self.steps}")
-        check_scale(self.scale)
+        if self.skip >= self.steps:
+            raise ValueError(f"skip {self.skip} must be below steps, {self.steps}")
 
     def times(self, u: Times) -> Array:
         """[skip + 1, b] falling times, a step of the grid apart, from u, uniform in [0, 1): they start anywhere."""

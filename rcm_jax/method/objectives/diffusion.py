@@ -1,7 +1,5 @@
 """Regression on the velocity of the diffusion: how a teacher is pretrained, and a fake score is kept up to date."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
@@ -9,22 +7,20 @@ from rcm_jax.method import denoiser, trigflow
 from rcm_jax.method.keys import named_keys
 from rcm_jax.method.objectives.common import Given, Objective, Term, sum_squares
 from rcm_jax.method.trigflow import Batch, Times
+from rcm_jax.util.ranges import Probability, config
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class DiffusionConfig(Objective):
     """TrigFlow (flow matching) pretraining; conditions are dropped for guidance. A mean over dimensions, not a sum."""
 
     time: trigflow.TimeDistribution = trigflow.one_of_times(trigflow.LogNormal(-0.8, 1.6))
-    drop_condition: float = 0.1  # with this probability a condition is replaced by the one of guidance
+    drop_condition: Probability = 0.1  # with this probability a condition is replaced by the one of guidance
 
     scale = 1.0
     label = "diffusion"
     needs_teacher = False
-
-    def __post_init__(self):
-        if not 0 <= self.drop_condition <= 1:
-            raise ValueError(f"drop_condition {self.drop_condition} must be a probability")
+    averages = True
 
     def term(self, given: Given) -> Term:
         """(8) on the batch."""

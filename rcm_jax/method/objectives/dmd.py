@@ -1,8 +1,8 @@
 """Distribution matching (DMD2, arXiv 2405.14867), the reverse divergence, on the student's own rollouts."""
 
-import dataclasses
 import itertools
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -11,34 +11,29 @@ from jax.lax import stop_gradient
 from rcm_jax.method import trigflow
 from rcm_jax.method.keys import named_keys
 from rcm_jax.method.objectives import diffusion
-from rcm_jax.method.objectives.common import Given, Matching, Term, check_known, check_scale, sum_squares
+from rcm_jax.method.objectives.common import Given, Matching, Term, sum_squares
 from rcm_jax.method.rollout import fixed_times, random_times, rollout
 from rcm_jax.method.trigflow import Batch, Times
+from rcm_jax.util.ranges import Positive, Time, among, between, config
 
 LENGTHS = ("drawn", "cycled")
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class DmdConfig(Matching):
     """DMD on rollouts of 1 to max_rollout steps; its critic keeps the fake score a score of the student's samples."""
 
     time: trigflow.TimeDistribution = trigflow.one_of_times(trigflow.ShiftedUniform(5.0))  # p_D, of mid times, too
-    scale: float = 1.0  # lambda = this over the consistency's; grows like sqrt(2e6/D) for small D
-    update_freq: int = 5  # one student step in so many iterations
-    max_rollout: int = 4
-    rollout_length: str = "drawn"  # uniformly, or "cycled" with the updates as in the official code
-    mid_times: tuple[float, ...] = ()  # of the rollout, max_rollout − 1 falling times; empty: random
+    scale: Positive = 1.0  # lambda = this over the consistency's; grows like sqrt(2e6/D) for small D
+    # One student step in so many iterations; were it 1, the fake score would never be trained.
+    update_freq: Annotated[int, between(2, 10_000)] = 5
+    max_rollout: Annotated[int, between(1, 32)] = 4
+    rollout_length: Annotated[str, among(LENGTHS)] = "drawn"  # uniformly; "cycled": with the updates, as official
+    mid_times: tuple[Time, ...] = ()  # of the rollout, max_rollout − 1 falling times; empty: random
 
     label = "DMD"
 
     def __post_init__(self):
-        check_scale(self.scale)
-        check_known(self, rollout_length=LENGTHS)
-        if self.update_freq < 2 or self.max_rollout < 1:
-            raise ValueError(
-                f"update_freq {self.update_freq} must be at least 2, or the fake score is never trained, "
-                f"and max_rollout {self.max_rollout} at least 1"
-            )
         if self.mid_times:
             falling = (math.pi / 2, *self.mid_times, 0.0)
             falls = all(t > u for t, u in itertools.pairwise(falling))

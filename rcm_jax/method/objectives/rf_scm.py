@@ -4,8 +4,6 @@ With tau the rectified-flow time, x_rf = (1 − tau)·x0 + tau·eps and v the ve
 (5') g = −(v − v_T) − r·tau·dv/dtau, the derivative along (v_T, 1), limited as in (6);   loss ‖v − sg[v] − sg[g]‖².
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
@@ -13,22 +11,20 @@ from jax.lax import stop_gradient
 from rcm_jax.method import trigflow
 from rcm_jax.method.denoiser import Velocity
 from rcm_jax.method.keys import named_keys
-from rcm_jax.method.objectives.common import Given, Objective, Term, check_scale, regression, sum_squares
+from rcm_jax.method.objectives.common import Given, Objective, Term, regression, sum_squares
 from rcm_jax.method.trigflow import Batch, Times
+from rcm_jax.util.ranges import Positive, config
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class RfScmConfig(Objective):
     """sCM without the preconditioning of TrigFlow; it always follows the teacher."""
 
     time: trigflow.TimeDistribution = trigflow.one_of_times(trigflow.LogNormal(-0.8, 1.6))  # p_G
-    scale: float = 100.0
+    scale: Positive = 100.0
 
     label = "RF sCM"
     has_tangent = True
-
-    def __post_init__(self):
-        check_scale(self.scale)
 
     def term(self, given: Given) -> Term:
         """(5') on the batch, at times of p_G."""

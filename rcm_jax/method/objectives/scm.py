@@ -1,8 +1,8 @@
 """Consistency in continuous time (sCM, arXiv 2410.11081; rCM, arXiv 2510.08431), the forward divergence."""
 
-import dataclasses
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -11,37 +11,26 @@ from jax.lax import stop_gradient
 from rcm_jax.method import trigflow
 from rcm_jax.method.denoiser import Velocity
 from rcm_jax.method.keys import named_keys
-from rcm_jax.method.objectives.common import (
-    LIMITS,
-    Given,
-    Objective,
-    Term,
-    check_known,
-    check_scale,
-    regression,
-    sum_squares,
-)
+from rcm_jax.method.objectives.common import LIMITS, Given, Objective, Term, regression, sum_squares
 from rcm_jax.method.trigflow import Batch, Times
+from rcm_jax.util.ranges import Positive, among, config
 
 STEP = 1e-4  # h of the finite differences, in t
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class ScmConfig(Objective):
     """sCM if it follows the teacher, sCT if it follows the data."""
 
     time: trigflow.TimeDistribution = trigflow.one_of_times(trigflow.LogNormal(-0.8, 1.6))  # p_G
-    scale: float = 100.0
-    follows: str = "teacher"  # whose dx/dt is in (4) and (5); FOLLOWED
-    derivative: str = "jvp"  # of F along dx/dt; DERIVATIVES
-    warmup_form: str = "paper"  # where r stands in (5); WARMUP_FORMS
-    limit: str = "norm"  # what keeps the tangent small; LIMITS
+    scale: Positive = 100.0
+    follows: Annotated[str, among(lambda: FOLLOWED)] = "teacher"  # whose dx/dt is in (4) and (5)
+    derivative: Annotated[str, among(lambda: DERIVATIVES)] = "jvp"  # of F along dx/dt
+    warmup_form: Annotated[str, among(lambda: WARMUP_FORMS)] = "paper"  # where r stands in (5)
+    limit: Annotated[str, among(LIMITS)] = "norm"  # what keeps the tangent small
+    tangent_constant: Positive = 0.1  # c of g/(‖g‖ + c); papers of data of deviation sigma_d count it times sigma_d
 
     has_tangent = True
-
-    def __post_init__(self):
-        check_known(self, follows=FOLLOWED, derivative=DERIVATIVES, warmup_form=WARMUP_FORMS, limit=LIMITS)
-        check_scale(self.scale)
 
     @property
     def needs_teacher(self) -> bool:
@@ -66,6 +55,7 @@ class ScmConfig(Objective):
         values, metrics = loss(
             given.F.student, given.student, x_t, t, cond, F_T,
             r=given.r, warmup_form=self.warmup_form, derivative=self.derivative, limit=self.limit,
+            constant=self.tangent_constant,
         )  # fmt: skip
         return Term(values, metrics, t)
 
@@ -79,7 +69,7 @@ FOLLOWED: dict[str, Callable] = {
 
 def loss(
     F: Velocity, params, x_t: Batch, t: Times, cond, F_teacher: Batch, *,
-    r, warmup_form: str = "paper", derivative: str = "jvp", limit: str = "norm",
+    r, warmup_form: str = "paper", derivative: str = "jvp", limit: str = "norm", constant: float = 0.1,
 ) -> tuple[Times, dict[str, Times]]:  # fmt: skip
     """(4)–(6) ‖F − sg[F] − sg[g]‖² with a limited tangent g, and metrics [b].
 
@@ -90,7 +80,7 @@ def loss(
     F_fixed, dF = stop_gradient((F_theta, dF))
     g = tangent(x_t, t, F_fixed, dF, F_teacher, r=r, warmup_form=warmup_form)
     c_df = tangent(x_t, t, F_fixed, dF, F_teacher, r=1.0, warmup_form=warmup_form)
-    return regression(F_theta, F_fixed, g, limit, {
+    return regression(F_theta, F_fixed, g, limit, constant=constant, metrics={
         "teacher_gap": jnp.sqrt(sum_squares(F_fixed - F_teacher)),
         "residual": jnp.sqrt(sum_squares(c_df) / x_t[0].size),
     })  # fmt: skip

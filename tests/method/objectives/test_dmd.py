@@ -80,11 +80,11 @@ def test_a_sample_that_is_not_finite_counts_nothing_and_its_gradient_is_zero(bro
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(rollout_length="long"), "rollout_length 'long' is none of drawn, cycled"),
+        (dict(rollout_length="long"), "rollout_length is 'long': it must be one of drawn, cycled"),
         (dict(mid_times=(1.0,)), r"max_rollout − 1 = 2 times .* got \[1.0\]"),
         (dict(mid_times=(0.5, 1.0)), r"fall between pi/2 and 0, got \[0.5, 1.0\]"),
-        (dict(update_freq=1), "update_freq 1 must be at least 2"),
-        (dict(scale=0.0), "scale 0.0 must be above 0"),
+        (dict(update_freq=1), "update_freq is 1: it must be from 2"),
+        (dict(scale=0.0), "scale is 0.0: it must be above 0"),
     ],
 )
 def test_what_is_no_setting_is_refused_with_the_numbers(changes, message):
