@@ -11,14 +11,14 @@
 | dcm, dcm_dmd | consistency in discrete time, alone and with DMD |
 | dmd, dmd_fixed | DMD alone, its rollouts at random times and at the mid times of the sampler |
 
-`smoke`, with or without one of them, is the same in about a minute: to see that everything runs here.
+`smoke`, with or without one of them, is the same in about a minute: to see that everything runs here. `teacher` makes
+the teacher alone, where the config says how.
 
 A variant or a method is a function Experiment -> Experiment.
 """
 
 import dataclasses
 import types
-import typing
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -26,41 +26,50 @@ from ml_collections import ConfigDict, config_dict
 
 from configs.machines import MACHINES
 from rcm_jax.method.objectives import DcmConfig, RfScmConfig
-from rcm_jax.run.experiment import Experiment
+from rcm_jax.run.experiment import Experiment, Pretraining
 from rcm_jax.util.config import revise, to_mapping
+from rcm_jax.util.ranges import options, parts
 
 Change = Callable[[Experiment], Experiment]
 WITHOUT_DMD = {"rcm.dmd": None, "rcm.fake_score": None, "fake_start": ""}
 
 
-def choose(run: Experiment, variant: str, variants: Mapping[str, Change]) -> Experiment:
+def choose(run: Experiment, variant: str, variants: Mapping[str, Change]) -> Pretraining:
     """Applies what is named in `variant`, separated by commas: keys of `variants`, one machine of configs/machines.py
-    among them at most, in the order that `variants` has; then one method at most; then `smoke`.
+    among them at most, in the order that `variants` has; then one method at most; then `smoke`; then `teacher`.
 
     A key of `variants` that is the name of a method takes its place.
     """
     names = [name.strip().lower() for name in variant.split(",") if name.strip()]
-    known = METHODS | dict(variants) | {"smoke": smoke}
+    methods = METHODS if run.rcm.dmd else {}  # they are made of a config of rCM
+    known = methods | dict(variants) | {"smoke": smoke, "teacher": teacher}
     for name in names:
         if name not in known:
             raise ValueError(f"variant {name!r} is none of {', '.join(known)}")
     for kind, table in (("methods", METHODS), ("machines", MACHINES)):
         if len(chosen := [name for name in names if name in table]) > 1:
             raise ValueError(f"variant {variant!r} names {len(chosen)} {kind}, {', '.join(chosen)}: choose one")
-    order = [*(name for name in variants if name not in METHODS), *METHODS, "smoke"]
+    order = [*(name for name in variants if name not in METHODS), *METHODS, "smoke", "teacher"]
     for name in sorted(names, key=order.index):
         run = known[name](run)
     return run
 
 
-def flagged(run: Experiment) -> ConfigDict:
+def teacher(run: Experiment) -> Pretraining:
+    """The part that makes the teacher."""
+    if run.pretrain is None:
+        raise ValueError("this config has no pretraining: its teacher is made of published weights")
+    return run.pretraining
+
+
+def flagged(run: Pretraining) -> ConfigDict:
     """As flags need it: every key can be set, those that are None by their type, groups left out by any key of them."""
 
     def absent(field, hint):
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if "kinds" in field.metadata or any(dataclasses.is_dataclass(option) for option in options):
+        kinds = [kind for kind in options(hint) if kind is not types.NoneType]
+        if "kinds" in field.metadata or any(dataclasses.is_dataclass(kind) for kind in kinds):
             return {}
-        return config_dict.placeholder(next(option for option in options if option is not types.NoneType))
+        return config_dict.placeholder(parts(kinds[0])[0])
 
     return ConfigDict(to_mapping(run, absent))
 
@@ -203,4 +212,14 @@ def stages(run: Experiment, recipe: str) -> dict[str, Experiment]:
         if run.rcm.student.decay_steps:
             stage = revise(stage, {"rcm.student.decay_steps": max(updates, run.rcm.student.warmup_steps + 1)})
         made[f"{i}_{method}"] = stage
+    return made
+
+
+def chain(run: Experiment, recipe: str, folder) -> dict:
+    """{workdir below a folder: stage}, each stage starting from the one before, all from the teacher of the first."""
+    made, start, teacher = {}, run.start, run.teacher
+    for name, stage in stages(run, recipe).items():
+        made[folder / name] = revise(stage, {"start": start, "teacher": teacher})
+        start = str(folder / name)
+        teacher = teacher or (str(folder / name / "teacher") if run.pretrain else "")
     return made

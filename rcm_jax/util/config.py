@@ -1,14 +1,16 @@
 """Frozen dataclasses and plain mappings: strictly there, every key used exactly once, and back.
 
 A field that may be one of several dataclasses says so by metadata={"kinds": table}: {name: dataclass, or a record with
-it as .config}. In a mapping its group has the key "kind", which may be left out where the table has one entry.
+it as .config}. In a mapping its group has the key "kind", which may be left out where the table has one entry. With
+metadata={"optional": True} it may be None, whatever its type hint says.
 """
 
 import dataclasses
 import json
 import types
-import typing
 from collections.abc import Callable, Mapping
+
+from rcm_jax.util.ranges import fitted, hints, options
 
 
 def build(cls, values, where: str = "config"):
@@ -24,8 +26,7 @@ def build(cls, values, where: str = "config"):
     missing = [name for name, field in fields.items() if _required(field) and name not in values]
     if missing:
         raise ValueError(f"{where}: missing key {', '.join(sorted(missing))}")
-    hints = typing.get_type_hints(cls)
-    built = {key: _convert(fields[key], hints[key], value, f"{where}.{key}") for key, value in values.items()}
+    built = {key: _convert(fields[key], hints(cls)[key], value, f"{where}.{key}") for key, value in values.items()}
     try:
         return cls(**built)
     except ValueError as error:
@@ -37,16 +38,17 @@ def _required(field) -> bool:
 
 
 def _convert(field, hint, value, where):
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    classes = [option for option in options if dataclasses.is_dataclass(option)]
+    kinds = options(hint)
+    classes = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
     is_group = bool(classes or "kinds" in field.metadata)
-    if types.NoneType in options and (value is None or (is_group and value == {})):
+    optional = types.NoneType in kinds or field.metadata.get("optional", False)
+    if optional and (value is None or (is_group and value == {})):
         return None
     if "kinds" in field.metadata:
         return _build_kind(field.metadata["kinds"], value, where)
     if classes:
         return build(classes[0], value, where)
-    return _convert_plain(options, value, where)
+    return fitted(hint, value, where)
 
 
 def _build_kind(kinds: Mapping, value, where):
@@ -55,23 +57,6 @@ def _build_kind(kinds: Mapping, value, where):
     if kind not in kinds:
         raise ValueError(f"{where}.kind is {kind!r}; it must be one of {', '.join(kinds)}")
     return build(config_of(kinds[kind]), rest, where)
-
-
-def _convert_plain(options, value, where):
-    """int, float, bool, str, and tuples of them; an int is a float where a float is asked for."""
-    for option in options:
-        if typing.get_origin(option) is tuple and isinstance(value, tuple | list):
-            items = typing.get_args(option)
-            items = (items[0],) * len(value) if items[-1] is Ellipsis else items
-            if len(items) == len(value):
-                pairs = enumerate(zip(items, value, strict=True))
-                return tuple(_convert_plain((item,), v, f"{where}[{i}]") for i, (item, v) in pairs)
-        if option is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):
-            return value
-    wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
-    raise ValueError(f"{where} must be {wanted}, got {value!r}")
 
 
 def config_of(entry) -> type:
@@ -89,11 +74,11 @@ def kind_of(kinds: Mapping, config) -> str:
 
 def to_mapping(config, absent: Callable = lambda field, hint: None) -> dict:
     """The nested mapping that `build` makes it of; absent(field, its type hint) stands for a value that is None."""
-    hints, values = typing.get_type_hints(type(config)), {}
+    values = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value is None:
-            value = absent(field, hints[field.name])
+            value = absent(field, hints(type(config))[field.name])
         elif dataclasses.is_dataclass(value):
             kinds = field.metadata.get("kinds", {})
             kind = {"kind": kind_of(kinds, value)} if kinds else {}

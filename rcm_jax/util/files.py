@@ -145,11 +145,14 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def check_writable(path: str | os.PathLike) -> None:
-    """OSError unless a file can be written there; the folders that it needs are made."""
+def check_writable(path: str | os.PathLike, overwrite: bool = True) -> None:
+    """OSError unless a file can be written there, in the place of one that is there if `overwrite`; the folders that it
+    needs are made."""
     place = as_path(path)
     if place.is_dir():
         raise IsADirectoryError(f"{place} is a folder: name a file")
+    if not overwrite and place.exists():
+        raise FileExistsError(f"{place} is there: choose another name, or say --overwrite")
     if stored(place):
         probe = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
         write_text(probe, "")
