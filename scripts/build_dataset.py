@@ -1,9 +1,11 @@
-"""Build a set of latents to train on: from prompts by a teacher, from videos, or from published shards.
+"""Build a set of latents to train on: from prompts by a teacher, from videos, from published shards, or from images
+with classes.
 
 python scripts/build_dataset.py --config=wan_1_3b.py --out=SET --prompts=FILE --teacher=wan-14b \\
     --negative_prompt=… --text_encoder=models_t5_umt5-xxl-enc-bf16.pth --tokenizer=google/umt5-xxl --vae=Wan2.1_VAE.pth
 python scripts/build_dataset.py --config=wan_1_3b.py --out=SET --videos=FOLDER --negative_prompt=… (the same three)
 python scripts/build_dataset.py --config=wan_1_3b.py --out=SET --shards=FOLDER --negative_prompt=… (the same three)
+python scripts/build_dataset.py --config=imagenet512.py --out=SET --images=FOLDER --vae=sd-vae-ft-mse --batch=32
 python scripts/build_dataset.py --out=SET --verify
 
 The same command goes on where it was ended. Several workers build one set in a folder that all of them see: give each
@@ -19,6 +21,7 @@ from absl import flags
 from tqdm import tqdm
 
 from rcm_jax.build import codec, embeddings, engine
+from rcm_jax.build.images import images
 from rcm_jax.build.prompts import prompts
 from rcm_jax.build.shards import shards
 from rcm_jax.build.verify import verify
@@ -35,6 +38,7 @@ OUT = flags.DEFINE_string(
 PROMPTS = flags.DEFINE_string("prompts", None, "Samples of --teacher for a file of prompts, one on each line.")
 VIDEOS = flags.DEFINE_string("videos", None, "A folder of videos or images.")
 SHARDS = flags.DEFINE_string("shards", None, "Published shards: a folder of tars, or a pattern.")
+IMAGES = flags.DEFINE_string("images", None, "A folder with a folder of images for each class.")
 VERIFY = flags.DEFINE_bool("verify", False, "Read all of a finished set, and compare it with what was written.")
 # Around the network.
 TEXT_ENCODER, TOKENIZER, VAE = common.media_flags()
@@ -58,7 +62,7 @@ EACH = flags.DEFINE_integer("each", 1, "Samples of every prompt.", lower_bound=1
 SEED = flags.DEFINE_integer("seed", 0, "Of the first sample; the next has the next.", lower_bound=0)
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; the config's if not given.", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "The config's if not given.")
-BATCH = flags.DEFINE_integer("batch", 1, "Samples at once.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch", 1, "Samples, or --images, at once.", lower_bound=1)
 SIZE = flags.DEFINE_string("size", None, "Pixels, e.g. 832x480; the config's if not given.")
 # Of --prompts and --videos.
 FRAMES = flags.DEFINE_integer("frames", None, "Frames of pixels, 4n + 1; the config's if not given.", lower_bound=1)
@@ -75,12 +79,13 @@ def main():
     if VERIFY.value:
         read_again()
         return
-    run, kind = read_run(), read_kind()
+    run = read_run()
+    kind = read_kind(run.media)
     round_trip = kind.sampled if ROUND_TRIP.value is None else ROUND_TRIP.value
     encodes = round_trip or not kind.sampled
     if encodes and not VAE.value:
-        why = "the round trip of sampled latents (--noround_trip leaves it out)" if round_trip else "--videos"
-        raise ValueError(f"{why} needs --vae: published weights of the Wan2.1 autoencoder")
+        why = "the round trip of sampled latents (--noround_trip leaves it out)" if round_trip else "encoding"
+        raise ValueError(f"{why} needs --vae: published weights of the autoencoder")
     negative = read_negative(run.media)
     settings = {
         "text_encoder": TEXT_ENCODER.value, "negative_prompt": negative, "round_trip": round_trip,
@@ -108,9 +113,11 @@ def main():
 
 def check_files(media, negative: str | None) -> dict:
     """The tensors of the text encoder, not read yet; ValueError or OSError unless all files fit the config."""
-    texts.tokenize(media, needed(TOKENIZER), [negative or ""])
     if VAE.value:
         open_weights(media.vae, VAE.value)
+    if media.text_encoder is None:
+        return {}
+    texts.tokenize(media, needed(TOKENIZER), [negative or ""])
     return open_weights(media.text_encoder, needed(TEXT_ENCODER))
 
 
@@ -126,7 +133,8 @@ def work(media, plan, negative: str | None, encoder: dict, round_trip: bool) -> 
     def finish(example):
         x0 = codec.round_trip(opened, example["x0"]) if round_trip else example["x0"]
         x0 = x0 if DTYPE.value is None else x0.astype(DTYPE.value)
-        return {**example, "x0": x0, "text": example["text"].astype(media.text_encoder.dtype)}
+        text = {"text": example["text"].astype(media.text_encoder.dtype)} if "text" in example else {}
+        return {**example, "x0": x0, **text}
 
     def made(shard, items, examples):
         if opened and SHEET_EVERY.value and shard.number % SHEET_EVERY.value == 0:
@@ -160,6 +168,11 @@ def from_shards(run):
     return shards(run, SHARDS.value)
 
 
+def from_images(run):
+    """Images with classes, encoded."""
+    return images(run, VAE.value, IMAGES.value, batch=BATCH.value)
+
+
 class Kind(NamedTuple):
     """What makes a source of an experiment, and its own flags."""
 
@@ -172,6 +185,7 @@ SOURCES = {
     PROMPTS.name: Kind(from_prompts, (TEACHER, EACH, SEED, STEPS, GUIDANCE, BATCH, SIZE, FRAMES), sampled=True),
     VIDEOS.name: Kind(from_videos, (CAPTIONS, BUCKETS, FPS, CLIPS, FIRST_FRAME, FRAMES), sampled=False),
     SHARDS.name: Kind(from_shards, (), sampled=True),
+    IMAGES.name: Kind(from_images, (BATCH,), sampled=False),
 }
 
 
@@ -185,8 +199,8 @@ def read_run():
     return run
 
 
-def read_kind() -> Kind:
-    """The one source that is asked for; ValueError for none, for several, and for flags of another."""
+def read_kind(media) -> Kind:
+    """The one source that is asked for; ValueError for none, for several, for flags or a config of another."""
     asked = [name for name in SOURCES if flags.FLAGS[name].value]
     if len(asked) != 1:
         known = ", ".join(f"--{name}" for name in SOURCES)
@@ -196,11 +210,16 @@ def read_kind() -> Kind:
     others = {flag.name: flag.present for other in SOURCES.values() for flag in other.flags}
     if wrong := [f"--{name}" for name, present in others.items() if present and name not in own]:
         raise ValueError(f"--{asked[0]} takes no {', '.join(wrong)}")
+    if (asked[0] == IMAGES.name) != (media.text_encoder is None):
+        has = "has no text encoder: its data are --images" if media.text_encoder is None else "is conditioned on text"
+        raise ValueError(f"--{asked[0]}: this config {has}")
     return kind
 
 
 def read_negative(media) -> str | None:
-    """The negative prompt; None for zeros."""
+    """The negative prompt; None for zeros, or where there is no text."""
+    if media.text_encoder is None:
+        return None
     given = texts.negative_prompt(media, NEGATIVE.value)
     return None if media.zero_negative and not given else given
 

@@ -11,7 +11,7 @@ from rcm_jax.build.source import Example, Item
 from rcm_jax.media import vae
 from rcm_jax.media.picture import captioned, grid, save_png
 from rcm_jax.run.experiment import MediaConfig
-from rcm_jax.run.pixels import TIMES, frames, open_weights
+from rcm_jax.run.pixels import TIMES, frames, open_weights, with_frames
 
 WIDTH = 320  # pixels of a frame on a sheet, at most
 CAPTION = 100  # letters of a prompt
@@ -33,10 +33,11 @@ def open_codec(media: MediaConfig, path, tile: int | None = None) -> Codec:
 
 
 def round_trip(codec: Codec, x0: np.ndarray) -> np.ndarray:
-    """Latents x0 [t, h, w, c] decoded, clamped to [−1, 1] and encoded again, as the official runs train on them."""
+    """Latents x0 [t, h, w, c] or [h, w, c] decoded, clamped to [−1, 1] and encoded again, as the official runs do."""
     config, params, tile = codec
-    pixels = np.clip(vae.decode(config.vae, params, x0[None].astype(np.float32), tile=tile), -1, 1)
-    return np.asarray(vae.encode(config.vae, params, pixels, tile=tile)[0])
+    one = x0.astype(np.float32).reshape(1, *with_frames(x0.shape))
+    pixels = np.clip(vae.decode(config.vae, params, one, tile=tile), -1, 1)
+    return np.asarray(vae.encode(config.vae, params, pixels, tile=tile)).reshape(x0.shape)
 
 
 def write_sheet(codec: Codec, path, items: Sequence[Item], examples: Sequence[Example]) -> None:

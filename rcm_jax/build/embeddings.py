@@ -28,6 +28,9 @@ def embed(
     negative: the negative prompt; None for zeros. encoder: its tensors, which are read only if something is to be
     embedded; tokenizer: its folder. tick is called for every shard.
     """
+    if plan.source.uncond is not None:  # it has no texts
+        _write(plan.folder / UNCOND, plan.source.uncond)
+        return
     wanted = {UNCOND: negative, EMPTY: ""}
     singles = {name: prompt for name, prompt in wanted.items() if not (plan.folder / name).exists()}
     pending = [] if plan.source.brings_text else [shard for shard in shards if not _path(plan, shard).exists()]
@@ -56,7 +59,7 @@ def zeros(media: MediaConfig) -> np.ndarray:
 
 def read(plan: Plan, shard: Shard, media: MediaConfig) -> np.ndarray | None:
     """The embeddings [n, l, d] of the prompts of the items of a shard; None where the source brings its own."""
-    if plan.source.brings_text:
+    if plan.source.brings_text or plan.source.uncond is not None:
         return None
     path = _path(plan, shard)
     found = records.decode(path.read_bytes(), path)

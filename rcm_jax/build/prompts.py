@@ -75,7 +75,7 @@ def _sampler(generator: generate.Generator, guidance: float, uncond: Callable, b
         mesh = generate.make_sampling_mesh(generator.run, generator.shape, batch)
         params = generate.restore(network, generator.folder, generator.step, mesh)
         steps = generator.run.sampling.teacher_steps
-        return mesh, params, generate.make_sampler(generator.run, network.F, steps, guidance, uncond())
+        return mesh, params, generate.make_sampler(generator, network.F, steps, guidance, uncond())
 
     def make(items, prepared, texts):
         if not loaded:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Example = dict[str, np.ndarray]  # "x0" [t, h, w, c], and conditions by name
+Example = dict[str, np.ndarray]  # "x0" [t, h, w, c] or [h, w, c], and conditions by name
 
 
 class Item(NamedTuple):
@@ -32,4 +32,5 @@ class Source(NamedTuple):
     prepare: Callable[[Item], Any] = lambda item: None
     batch: int = 1  # items that `make` is given at once, all of one shape
     brings_text: bool = False
+    uncond: Mapping[str, np.ndarray] | None = None  # what guidance replaces; None: the embedding of a negative prompt
     bad: Mapping[str, str] = {}  # what is no item because it cannot be one: its name, and why

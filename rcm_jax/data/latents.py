@@ -1,7 +1,8 @@
 """Precomputed latents and text embeddings on disk.
 
 A folder holds latents-00000-of-0000N.array_record …, uncond.safetensors and set.json. Every record is one example in
-safetensors: x0, the latents [t, h, w, c] of unit variance, and its conditions by name, say text [l, d]. All examples
+safetensors: x0, the latents [t, h, w, c] of unit variance, and its conditions by name, say text [l, d]. Of images with
+a class they are [h, w, c] and label [], int32; that of uncond.safetensors is the number of classes. All examples
 have the same names and dtypes; those of one file have one shape of x0, which set.json says. What lies on all of
 [t, h, w], as x0, has its sizes; other conditions have one shape in all of the set. uncond.safetensors has the
 conditions that guidance replaces, say the text of the negative prompt. Records are read when they are asked for; in
@@ -9,40 +10,38 @@ memory is an index, some 60 bytes a record.
 """
 
 import bisect
-import dataclasses
 import itertools
 import json
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from rcm_jax.data import records
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.util.files import as_path, new_folder, stored, write_text
+from rcm_jax.util.ranges import Width, config, some
 
 UNCOND, SET = "uncond.safetensors", "set.json"
 SHARD = re.compile(r"latents-(\d{5,})-of-(\d{5,})\.array_record")
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class LatentsConfig:
-    """A folder, as scripts/build_dataset.py makes it, and the shape of x0 without the batch axis: [t, h, w, c].
+    """A folder, as scripts/build_dataset.py makes it, and the shape of x0 without the batch axis: [t, h, w, c], of
+    images with a class [h, w, c].
 
     Of examples with more frames the first t are taken, as the official runs do, of x0 and of conditions on its frames.
     A set may hold other shapes besides (buckets): they are trained on as well; samples are drawn in `shape`.
     """
 
     path: str = ""
-    shape: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        if not self.shape or min(self.shape) < 1:
-            raise ValueError(f"shape must be the sizes of x0, [t, h, w, c], got {list(self.shape)}")
+    shape: Annotated[tuple[Width, ...], some] = ()
 
 
 def load(config: LatentsConfig) -> Dataset:
@@ -60,7 +59,8 @@ def load(config: LatentsConfig) -> Dataset:
         raise ValueError(f"{folder} has no {UNCOND}: the condition of guidance, with the names of the conditions")
     uncond = examples.cut(records.decode(path.read_bytes(), path), examples.stored_shapes[0])
     records.check_uncond(uncond, examples.first, path)
-    return Dataset(train=examples, test=None, uncond=uncond, num_classes=None, view="video")
+    classes = int(uncond["label"]) or None if "label" in uncond else None  # the label after the last, or of no meaning
+    return Dataset(train=examples, test=None, uncond=uncond, num_classes=classes, view="video")
 
 
 class Latents:
@@ -71,7 +71,8 @@ class Latents:
     """
 
     def __init__(self, folder, shape: Sequence[int]):
-        self.paths, self.frames = shard_paths(folder), shape[0]
+        self.paths = shard_paths(folder)
+        self.frames = shape[0] if len(shape) == 4 else sys.maxsize  # of images nothing is cut
         self.opened: dict[int, Any] = {}
         shards = read_set(folder)["shards"] if (folder / SET).exists() else None
         counts = self._counts(folder, shards)

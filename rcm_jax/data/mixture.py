@@ -1,7 +1,6 @@
 """A labelled mixture of Gaussians in the plane: data whose diffusion teacher is known in closed form."""
 
-import dataclasses
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,12 @@ from jaxtyping import Array, Float, Int
 from scipy.special import logsumexp
 
 from rcm_jax.data.dataset import Dataset
+from rcm_jax.util.ranges import Finite, Natural, Positive, Seed, between, config, some
 
 HELD_OUT = 8_192
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class MixtureConfig:
     """k isotropic modes, in any unit: they are standardised.
 
@@ -22,26 +22,19 @@ class MixtureConfig:
     and is of the class labels[i], 0 to C − 1.
     """
 
-    weights: tuple[float, ...]
-    means: tuple[tuple[float, float], ...]
-    stds: tuple[float, ...]
-    labels: tuple[int, ...]
-    examples: int = 65_536  # for training
-    seed: int = 0
+    weights: Annotated[tuple[Positive, ...], some]
+    means: tuple[tuple[Finite, Finite], ...]
+    stds: tuple[Positive, ...]
+    labels: tuple[Natural, ...]
+    examples: Annotated[int, between(1, 10**8)] = 65_536  # for training
+    seed: Seed = 0
 
     def __post_init__(self):
         sizes = {name: len(getattr(self, name)) for name in ("weights", "means", "stds", "labels")}
-        if len(set(sizes.values())) > 1 or not self.weights:
+        if len(set(sizes.values())) > 1:
             raise ValueError(f"a mixture needs one weight, mean, std and label for each of its modes, got {sizes}")
-        for name in ("weights", "stds"):
-            if bad := [value for value in getattr(self, name) if not 0 < value < np.inf]:
-                raise ValueError(f"{name} must be above 0 and finite, got {bad}")
-        if np.shape(self.means) != (len(self.weights), 2) or not np.all(np.isfinite(self.means)):
-            raise ValueError(f"means must be points (x, y) in the plane, got {list(self.means)}")
         if set(self.labels) != set(range(1 + max(self.labels))):
             raise ValueError(f"labels must be 0 to C − 1, each class with a mode, got {list(self.labels)}")
-        if self.examples < 1:
-            raise ValueError(f"examples {self.examples} must be at least 1")
 
 
 class Mixture(NamedTuple):

@@ -1,31 +1,33 @@
 """Noise in the shapes of real data, without files: for benchmarks, and to see that a config runs on a machine."""
 
-import dataclasses
 import math
+from typing import Annotated
 
 import numpy as np
 
 from rcm_jax.data.dataset import Dataset
+from rcm_jax.util.ranges import INT32, Count, Seed, Width, WidthOr0, config, some
 
 SPREAD = 4099  # numbers between the beginnings of neighbouring examples in one long noise
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class SyntheticConfig:
     """So many examples of unit normal noise, the same every time (1,024 different ones), and their conditions.
 
     conditions: their names and shapes; (): those that the network takes. num_classes: "label" is one of so many.
     """
 
-    shape: tuple[int, ...] = ()  # of x0, without the batch axis
-    conditions: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    num_classes: int | None = None
-    examples: int = 4096
-    seed: int = 0
+    shape: Annotated[tuple[Width, ...], some] = ()  # of x0, without the batch axis
+    conditions: tuple[tuple[str, tuple[Width, ...]], ...] = ()
+    num_classes: WidthOr0 | None = None
+    examples: Count = 4096
+    seed: Seed = 0
 
     def __post_init__(self):
-        if not self.shape or min(self.shape) < 1 or self.examples < 1:
-            raise ValueError(f"shape {list(self.shape)} and examples {self.examples} must be at least 1 each")
+        for name, shape in (("shape", self.shape), *self.conditions):
+            if (size := math.prod(shape)) > INT32:
+                raise ValueError(f"{name} {list(shape)} has {size:,} numbers, more than {INT32:,}")
 
 
 class Noise:

@@ -1,6 +1,5 @@
 """Images of TensorFlow Datasets (TFDS), prepared before in array_record files, and read without TensorFlow."""
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +9,10 @@ import numpy as np
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.util.extras import require
 from rcm_jax.util.files import as_path, local, stored
+from rcm_jax.util.ranges import Positive, config
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class TfdsConfig:
     """A data set by its name in TFDS, say cifar10 or imagenet_resized/64x64, and the folder it was prepared in.
 
@@ -26,11 +26,7 @@ class TfdsConfig:
     test: str = ""
     image: str = "image"
     label: str = "label"
-    sigma_data: float = 0.5
-
-    def __post_init__(self):
-        if not 0 < self.sigma_data < np.inf:
-            raise ValueError(f"sigma_data {self.sigma_data} must be above 0 and finite")
+    sigma_data: Positive = 0.5
 
 
 def load(config: TfdsConfig) -> Dataset:

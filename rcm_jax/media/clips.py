@@ -106,6 +106,18 @@ def read_clip(path: str | os.PathLike, start: float, frames: int, fps: float, si
     )
 
 
+def read_image(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
+    """An image, uint8 [height, width, 3], RGB, scaled by bicubic interpolation to cover (width, height), whole pixels
+    cut off around the middle: as the images of ImageNet are prepared. ValueError that names a file that is none."""
+    with _open_image(path) as image:
+        image = _upright(image)
+        scale = max(wanted / side for wanted, side in zip(size, image.size, strict=True))
+        width, height = (max(wanted, round(side * scale)) for wanted, side in zip(size, image.size, strict=True))
+        left, top = (width - size[0]) // 2, (height - size[1]) // 2
+        scaled = image.resize((width, height), Image.Resampling.BICUBIC)
+        return np.asarray(scaled.crop((left, top, left + size[0], top + size[1])))
+
+
 def bucket_of(width: int, height: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """The (width, height) of `buckets` in which to put footage of another size.
 

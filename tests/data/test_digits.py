@@ -46,3 +46,14 @@ def test_to_image_undoes_the_scaling_and_clips(digits):
     assert images.max() == 1
     np.testing.assert_allclose(images * 16, np.round(images * 16), atol=1e-4)  # the pixels are sixteenths
     np.testing.assert_array_equal(digits.to_image(np.full((1, 8, 8, 1), 100.0)), 1)
+
+
+def test_larger_digits_are_the_same_pictures_of_unit_variance(digits):
+    larger = load(DigitsConfig(size=16))
+    assert larger.train["x0"].shape == (1437, 16, 16, 1)
+    assert float(larger.train["x0"].std()) == pytest.approx(1, abs=1e-4)
+    small, large = digits.to_image(digits.test["x0"]), larger.to_image(larger.test["x0"])
+    means = large.reshape(-1, 8, 2, 8, 2, 1).mean(axis=(2, 4))
+    assert np.corrcoef(means.ravel(), small.ravel())[0, 1] > 0.99
+    with pytest.raises(ValueError, match="size is 4: it must be from 8"):
+        DigitsConfig(size=4)

@@ -338,8 +338,8 @@ def test_a_record_with_flipped_bits_is_named_when_it_is_read(tmp_path):
 
 def test_configs_that_name_nothing_are_refused():
     refused("config.data.path is empty: it must name a folder of latents", data.load, LatentsConfig("", SHAPE))
-    refused("shape must be the sizes of x0, [t, h, w, c], got []", LatentsConfig, "set", ())
-    refused("shape must be the sizes of x0, [t, h, w, c], got [2, 0]", LatentsConfig, "set", (2, 0))
+    refused("shape is (): it must be one value or more", LatentsConfig, "set", ())
+    refused("shape[1] is 0: it must be from 1 to 1,000,000", LatentsConfig, "set", (2, 0))
 
 
 SMALL = (2, 2, 2, 5)

@@ -143,11 +143,11 @@ def test_a_data_set_knows_its_velocity():
     ("change", "message"),
     [
         ({"weights": (1.0, 1.0)}, "one weight, mean, std and label .*'weights': 2, 'means': 4"),
-        ({"weights": (1.0, 0.0, 1.0, -2.0)}, r"weights must be above 0 and finite, got \[0.0, -2.0\]"),
-        ({"stds": (1.0, 1.0, 1.0, float("nan"))}, r"stds must be above 0 and finite, got \[nan\]"),
-        ({"means": ((0.0, 0.0, 0.0),) * 4}, r"points \(x, y\) in the plane"),
+        ({"weights": (1.0, 0.0, 1.0, -2.0)}, r"weights\[1\] is 0.0: it must be above 0"),
+        ({"stds": (1.0, 1.0, 1.0, float("nan"))}, r"stds\[3\] is nan: it must be above 0"),
+        ({"means": ((0.0, 0.0, 0.0),) * 4}, r"means\[0\] must be tuple\[float, float\]"),
         ({"labels": (0, 0, 1, 3)}, r"0 to C − 1, each class with a mode, got \[0, 0, 1, 3\]"),
-        ({"examples": 0}, "examples 0 must be at least 1"),
+        ({"examples": 0}, "examples is 0: it must be from 1"),
     ],
 )
 def test_bad_configs_are_refused(change, message):

@@ -37,5 +37,5 @@ def test_classes_are_those_of_the_network():
 
 
 def test_a_shape_is_needed():
-    with pytest.raises(ValueError, match=r"shape \[\] and examples 4096 must be at least 1 each"):
+    with pytest.raises(ValueError, match=r"shape is \(\): it must be one value or more"):
         SyntheticConfig()

@@ -110,7 +110,7 @@ def test_grey_images_have_one_channel(tmp_path):
         (dict(train="train[5:5]"), r"split train\[5:5\] is none"),
         (dict(image="pixels"), r"has the features image \(Image\), label \(ClassLabel\), number \(Scalar\);"),
         (dict(label="number"), "config.data.label a ClassLabel"),
-        (dict(sigma_data=0.0), "sigma_data 0.0 must be above 0"),
+        (dict(sigma_data=0.0), "sigma_data is 0.0: it must be above 0"),
     ],
 )
 def test_what_is_not_there_is_refused(folder, changes, words):

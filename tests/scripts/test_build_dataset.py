@@ -121,7 +121,7 @@ def test_what_cannot_be_built_is_refused_before_anything_is_written(run_script, 
         assert not (tmp_path / "set").exists()
 
     refused("--config is needed", *flags[1:])
-    refused("one of --prompts, --videos, --shards is needed, got none", CONFIG, out)
+    refused("one of --prompts, --videos, --shards, --images is needed, got none", CONFIG, out)
     refused("got prompts and videos", *flags, "--videos=x")
     refused("--prompts takes no --fps, --clips", *flags, "--fps=8", "--clips=2")
     refused("--worker=2 must be below --workers=2", *flags, "--worker=2", "--workers=2")
