@@ -1,8 +1,17 @@
 """Fréchet distance between two sets of samples, without a covariance matrix or its square root."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from rcm_jax.evaluate.arrays import as_samples
+
+
+class Gaussian(NamedTuple):
+    """mean [f] and factor [k, f], float64: the covariance is factorᵀ·factor."""
+
+    mean: np.ndarray
+    factor: np.ndarray
 
 
 def frechet_distance(a, b) -> float:
@@ -20,18 +29,38 @@ def frechet_distance(a, b) -> float:
     Raises:
       ValueError: not [samples, features], different f, fewer than 2 samples, NaN or infinite values.
     """
-    a, b = as_samples("a", a, at_least=2), as_samples("b", b, at_least=2)
-    if a.shape[1] != b.shape[1]:
+    return distance_of(fitted("a", a), fitted("b", b))
+
+
+def fitted(name: str, x) -> Gaussian:
+    """To samples x [n, f]; ValueError, naming `name`, as for frechet_distance."""
+    x = as_samples(name, x, at_least=2)
+    mean = x.mean(0)
+    return Gaussian(mean, np.asarray(np.linalg.qr((x - mean) / np.sqrt(len(x) - 1), mode="r")))
+
+
+def of_moments(mean, covariance) -> Gaussian:
+    """From a mean [f] and a covariance [f, f] alone: less exact, by 1e-6 or so, where that is nearly singular.
+
+    ValueError unless they are of these shapes, finite, and the covariance symmetric.
+    """
+    mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+    if mean.ndim != 1 or covariance.shape != 2 * mean.shape or not np.isfinite(covariance).all():
+        raise ValueError(f"a mean {mean.shape} and a covariance {covariance.shape} must be [f] and [f, f], and finite")
+    if not np.allclose(covariance, covariance.T, rtol=1e-6, atol=1e-6 * np.abs(covariance).max()):
+        raise ValueError(f"a covariance {covariance.shape} must be symmetric")
+    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+    return Gaussian(mean, np.sqrt(np.maximum(values, 0))[:, None] * vectors.T)
+
+
+def distance_of(a: Gaussian, b: Gaussian) -> float:
+    """The distance of frechet_distance; ValueError for different f."""
+    if len(a.mean) != len(b.mean):
         raise ValueError(
-            f"a has {a.shape[1]} features and b has {b.shape[1]}; use the same feature extractor or image size for both"
+            f"a has {len(a.mean)} features and b has {len(b.mean)}; use the same feature extractor or image size for "
+            "both"
         )
-    k = min(a.shape[1], max(len(a), len(b)))
-    r_a, r_b = _covariance_factor(a, k), _covariance_factor(b, k)
+    k = max(len(a.factor), len(b.factor))
+    r_a, r_b = (np.pad(g.factor, ((0, k - len(g.factor)), (0, 0))) for g in (a, b))
     u, _, vh = np.linalg.svd(r_a @ r_b.T)
-    return float(np.sum((a.mean(0) - b.mean(0)) ** 2) + np.sum((r_a - u @ (vh @ r_b)) ** 2))
-
-
-def _covariance_factor(x: np.ndarray, k: int) -> np.ndarray:
-    """R [k, f] with RᵀR = cov(x); rows that fewer than k samples leave over are zero."""
-    r = np.linalg.qr((x - x.mean(0)) / np.sqrt(len(x) - 1), mode="r")
-    return np.pad(r, ((0, k - len(r)), (0, 0)))
+    return float(np.sum((a.mean - b.mean) ** 2) + np.sum((r_a - u @ (vh @ r_b)) ** 2))

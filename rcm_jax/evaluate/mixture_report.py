@@ -56,7 +56,7 @@ def exact_reference(run) -> Reference:
     count = run.sampling.report_samples or SAMPLES
     labels = mixture.sample(modes, np.random.default_rng(run.seed), count)[1]
     noise = samplers.unit_noise(jax.random.fold_in(_key(run), 0), np.arange(count), (2,))  # student_sampler's first
-    return make_reference(modes, run.rcm.guidance, np.asarray(noise), labels, run.sampling.sigma_max, run.seed)
+    return make_reference(modes, run.teacher_guidance, np.asarray(noise), labels, run.sampling.sigma_max, run.seed)
 
 
 def _key(run):
@@ -100,7 +100,7 @@ def write_scatter_report(trained) -> str:
         curves=plots,
         rows={other: floor(reference)} | {row: evaluate(sample, reference) for row, sample in samples.items()},
         title=f"{run.rcm.name} on {name}",
-        footer=f"Seed {run.seed}. {n} samples, guidance {run.rcm.guidance:g}. {note}{curves.note(plots)}",
+        footer=f"Seed {run.seed}. {n} samples, guidance {run.teacher_guidance:g}. {note}{curves.note(plots)}",
         columns=1,
         metadata={"seed": run.seed, "samples": n},
         previews=previews_of(trained.folder),

@@ -9,6 +9,8 @@ from rcm_jax.parallel import distributed
 from rcm_jax.run import pipeline
 from rcm_jax.util.extras import require
 
+MOST_CLASSES = 100
+
 
 def by_first(write: Callable) -> Callable:
     """A report that the first process writes alone, with small networks brought to its memory."""
@@ -34,6 +36,8 @@ def no_report(dataset) -> str:
     """Why there is no report on runs on a Dataset, in a sentence; "" if there is one."""
     if dataset.view == "video":  # of any conditions, and nothing is drawn
         return ""
+    if (dataset.num_classes or 0) > MOST_CLASSES:
+        return f"no report: it is of {MOST_CLASSES} classes at most; scripts/evaluate.py measures samples of more"
     if dataset.num_classes is None or dataset.test is None:
         return "no report: it compares samples of classes with held-out data, and these data lack one or the other"
     try:

@@ -17,6 +17,11 @@ Rows = Mapping[str, Mapping[str, float | None]]
 
 # metric → two lines of heading, number format, and the side that is better (noise raises diversity, too: neither)
 COLUMNS = {
+    "FID": ("", "FID", ".3f", "low"),
+    "Fréchet distance (efficientnet-lite0)": ("Fréchet distance", "(efficientnet-lite0)", ".3f", "low"),
+    "Fréchet distance (pixels)": ("Fréchet distance", "(pixels)", ".4f", "low"),
+    "inception score": ("inception", "score", ".3f", "high"),
+    "its deviation": ("its", "deviation", ".3f", None),
     "frechet_features": ("FD", "features", ".3f", "low"),
     "frechet_pixels": ("FD", "pixels", ".3f", "low"),
     "accuracy": ("", "accuracy", ".3f", "high"),

@@ -46,7 +46,7 @@ def write_video_report(trained) -> str:
     plots = curves.of_training(trained.folder, trained.teacher_folder)
     title = f"{run.rcm.name} on {data_name(run.data)}"
     note = (
-        f"Seed {run.seed}, guidance {run.rcm.guidance:g}. Statistics of the latents of {asked.n} samples, for the "
+        f"Seed {run.seed}, guidance {run.teacher_guidance:g}. Statistics of the latents of {asked.n} samples, for the "
         "conditions of the data in the first row. All start from the same noise; rms: the root mean square distance "
         f"of latents.{'' if shown else f' {NO_VIDEOS}'}{curves.note(plots)}"
     )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rcm_jax.evaluate.frechet import frechet_distance
+from rcm_jax.evaluate.frechet import distance_of, fitted, frechet_distance, of_moments
 
 
 @pytest.mark.golden
@@ -16,6 +16,34 @@ def test_agrees_with_fifty_digits(golden):
         a, b = data[f"{case}/features_1"], data[f"{case}/features_2"]
         assert frechet_distance(a, b) == pytest.approx(float(data[f"{case}/fid"]), abs=1e-9), case
         assert frechet_distance(b, a) == pytest.approx(frechet_distance(a, b), abs=1e-9), case
+
+
+@pytest.mark.golden
+def test_means_and_covariances_alone_agree_as_far_as_they_can(golden):
+    """1e-9 where covariances have full rank, 1e-5 where they are nearly singular; also with samples on one side."""
+    data = np.load(golden / "fid" / "frechet.npz")
+    cases = sorted({name.split("/")[0] for name in data})
+    assert cases
+    for case in cases:
+        samples = [data[f"{case}/features_{i}"] for i in (1, 2)]
+        alone = [of_moments(x.mean(0), np.cov(x.T)) for x in samples]
+        ranks = [np.linalg.cond(np.cov(x.T)) for x in samples]
+        tolerance = 1e-9 if max(ranks) < 1e6 else 1e-5
+        for a, b in (alone, (fitted("a", samples[0]), alone[1])):
+            assert distance_of(a, b) == pytest.approx(float(data[f"{case}/fid"]), abs=tolerance), case
+
+
+@pytest.mark.parametrize(
+    ("mean", "covariance", "message"),
+    [
+        (np.zeros(3), np.zeros((2, 2)), r"\(3,\) and a covariance \(2, 2\)"),
+        (np.zeros(2), np.array([[1.0, 0.5], [0.0, 1.0]]), "must be symmetric"),
+        (np.zeros(1), np.array([[np.nan]]), "finite"),
+    ],
+)
+def test_bad_moments(mean, covariance, message):
+    with pytest.raises(ValueError, match=message):
+        of_moments(mean, covariance)
 
 
 @pytest.mark.parametrize("shape", [(200, 8), (10, 40), (2, 3)])

@@ -12,10 +12,12 @@ METRICS = ("precision", "recall", "density", "coverage")
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("block", [1 << 22, 130])
-def test_agrees_with_the_reference(golden, monkeypatch, block):
-    """Counts are exact, so the metrics agree to the last rounding, whatever the size of the blocks."""
+@pytest.mark.parametrize(("block", "products"), [(1 << 22, 1 << 30), (130, 1 << 30), (130, 0)])
+def test_agrees_with_the_reference(golden, monkeypatch, block, products):
+    """Counts are exact, so the metrics agree to the last rounding, whatever the size of the blocks, and however
+    distances are taken."""
     monkeypatch.setattr(arrays, "BLOCK", block)
+    monkeypatch.setattr(arrays, "PRODUCTS", products)
     data = np.load(golden / "fid" / "prdc.npz")
     cases = {name: case for name, case in json.loads((golden / "fid" / "prdc.json").read_text()).items() if "k" in case}
     assert cases

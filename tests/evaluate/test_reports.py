@@ -51,7 +51,8 @@ def finished(tmp_path, dataset, centres, teacher=True):
     run = record(
         seed=0,
         data=MoonsConfig(),
-        rcm=record(name="mine", guidance=1.0),
+        rcm=record(name="mine"),
+        teacher_guidance=1.0,
         sampling=SamplingConfig(sigma_max=80.0, mid_times=((), (1.0,))),
         exact_teacher=False,
     )
@@ -150,6 +151,7 @@ def test_data_without_a_report_have_a_reason(monkeypatch):
     for changes, words in [
         (dict(test=None), "held-out data"),
         (dict(num_classes=None), "classes"),
+        (dict(num_classes=1000), "evaluate.py"),
     ]:
         reason = no_report(dataclasses.replace(dataset, **changes))
         assert reason.startswith("no report: ") and words in reason
