@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 from tensorboardX import SummaryWriter
 
 from rcm_jax.util.extras import require
@@ -42,7 +43,7 @@ class MetricsWriter:
         workdir = self.mirror.here
         self.paths = [workdir / "metrics.jsonl", workdir / "pace.jsonl"]
         for path in self.paths:
-            kept = [row for row in _rows(path) if row["step"] <= step]
+            kept = [row for row in _rows(path, aside=True) if row["step"] <= step]
             write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         config = json.loads(made.read_text()) if (made := there / "config.json").exists() else {}
@@ -103,50 +104,56 @@ def read_pace(workdir) -> list[dict]:
     return _rows(as_path(workdir) / "pace.jsonl")
 
 
-def _rows(path) -> list[dict]:
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+def _rows(path, aside: bool = False) -> list[dict]:
+    """The rows that can be read, of all but a last line that is cut off; aside: the others are kept in PATH.bad."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    rows, bad = [], []
+    for number, line in enumerate(lines, 1):
+        row = _row(line)
+        if row is not None:
+            rows.append(row)
+        elif line.endswith(b"\n"):
+            bad.append(line)
+            logging.warning("%s, line %d cannot be read and is left out", path, number)
+    if bad and aside:
+        with path.with_name(f"{path.name}.bad").open("ab") as file:
+            file.writelines(bad)
+    return rows
 
 
-class Reading(NamedTuple):
-    """What the steps of a window said."""
-
-    values: dict[str, float]  # the mean of every name over the steps that had it
-    skips: dict[str, list[bool]]  # of every network, update by update: was it skipped?
-    examples: list[int]  # of the data, that were not finite; rising
+def _row(line: bytes) -> dict | None:
+    """What a whole line says; None if it is none, or says something else than numbers at a step."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 class Window:
     """The metrics since the last line of the log. They stay on the device until read: logging does not stall a step."""
 
     def __init__(self):
-        self.rows: list[tuple[dict, np.ndarray | None]] = []
+        self.rows: list[dict] = []
 
-    def add(self, metrics: dict, index: np.ndarray | None = None) -> None:
+    def add(self, metrics: Mapping) -> None:
         """Remembers the scalars of a step (phases have different names), or of something that is no step.
 
-        Pairs are sum and count. "nonfinite" alone is no scalar: it says which examples of the batch [b] were not
-        finite, and index [b] where they stand in the data.
+        Pairs are sum and count. "watched" is not for the log (rcm_jax.train.guard).
         """
-        self.rows.append((metrics, index))
+        self.rows.append({name: value for name, value in metrics.items() if name != "watched"})
 
-    def read(self) -> Reading:
-        """The window, which then begins anew. A name whose pairs count 0 has no value."""
-        pending, self.rows = self.rows, []
-        rows = jax.device_get([metrics for metrics, _ in pending])
-        totals, skips, examples = {}, {}, set()
-        for row, (_, index) in zip(rows, pending, strict=True):
-            bad = row.pop("nonfinite", None)
-            if bad is not None and index is not None:
-                examples.update(index[np.asarray(bad) > 0].tolist())
+    def read(self) -> dict[str, float]:
+        """The mean of every name over the steps that had it; the window then begins anew. A name whose pairs count 0
+        has no value."""
+        rows, self.rows = jax.device_get(self.rows), []
+        totals = {}
+        for row in rows:
             for name, value in row.items():
                 total, count = value if isinstance(value, tuple) else (value, 1)
                 before = totals.get(name, (0.0, 0))
                 totals[name] = before[0] + float(total), before[1] + int(count)
-                if name.endswith("/skipped"):
-                    skips.setdefault(name.removesuffix("/skipped"), []).append(bool(value))
-        values = {name: total / count for name, (total, count) in sorted(totals.items()) if count}
-        return Reading(values, skips, sorted(examples))
+        return {name: total / count for name, (total, count) in sorted(totals.items()) if count}
 
 
 def wandb_library():

@@ -25,9 +25,12 @@ class Pace:
     Devices work while the host goes ahead; so only that time counts as lost in which they have nothing to do.
     """
 
-    def __init__(self, programs: Mapping[str, Callable], open_trips: float, step: int):
-        """programs: jitted, by name; open_trips: mean trips of their loops of unknown length; step: the first."""
-        self.programs, self.open_trips = programs, open_trips
+    def __init__(
+        self, programs: Mapping[str, Callable], open_trips: float, step: int, begins: Callable = lambda what: None
+    ):
+        """programs: jitted, by name; open_trips: mean trips of their loops of unknown length; step: the first;
+        begins(what): is told what begins."""
+        self.programs, self.open_trips, self.begins = programs, open_trips, begins
         self.compiled: dict[tuple, jax.stages.Compiled] = {}  # by name, and shapes of the batch
         self.flops: dict[tuple, float] = {}  # of one run on one chip; nan if it cannot be read
         self.lost: dict[str, float] = dict.fromkeys(LOSSES, 0.0)  # seconds since the loop began
@@ -42,6 +45,7 @@ class Pace:
     def run(self, name: str, step: int, *args):
         """What a program makes of its arguments, of which the last is a batch; it is compiled when it, or that shape of
         a batch, is first needed, as `step` is about to run."""
+        self.begins(f"iteration {step} ({name})")
         key = name, *map(np.shape, jax.tree.leaves(args[-1]))
         if key not in self.compiled:
             with self._losing("compilation"):
@@ -55,6 +59,7 @@ class Pace:
     def waiting(self, state) -> Iterator[None]:
         """Inside, the next batch is fetched. That is lost if the step before has ended by then; then all of it counts,
         though the devices may have worked for some of it."""
+        self.begins("reading a batch")
         started = time.perf_counter()
         yield
         if state.step.is_ready():
@@ -64,6 +69,7 @@ class Pace:
     def stopped(self, what: str, state) -> Iterator[None]:
         """Inside, one of LOSSES keeps training from going on, once the state is computed."""
         jax.block_until_ready(state)
+        self.begins(what)
         with self._losing(what):
             yield
 

@@ -1,7 +1,6 @@
 """The training loop of every method: state in, state out, resumable at any checkpoint to the last bit."""
 
 import contextlib
-import dataclasses
 import signal
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,34 +17,42 @@ from rcm_jax.train.console import Console, say
 from rcm_jax.train.guard import Guard
 from rcm_jax.train.metrics import MetricsWriter, Window
 from rcm_jax.train.pace import Pace, check_trace, traced
+from rcm_jax.train.rotation import Rotation
 from rcm_jax.train.state import Learner, Teacher, TrainState
 from rcm_jax.train.steps import Method
+from rcm_jax.train.watch import watched
+from rcm_jax.util.ranges import Count, Natural, Width, config
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class TrainConfig:
     """How long, how many at once, how often to tell and to save."""
 
-    steps: int = 10_000
-    batch_size: int = 256
-    log_every: int = 100
-    checkpoint_every: int = 1000
-    sample_every: int = 1000
-    keep: int = 2  # checkpoints kept
+    steps: Count = 10_000
+    batch_size: Width = 256
+    log_every: Count = 100
+    checkpoint_every: Count = 1000
+    sample_every: Count = 1000
+    snapshot_every: Natural = 0  # snapshots of the power EMAs, which stay; a multiple of checkpoint_every, or 0: none
+    keep: Count = 2  # checkpoints kept: the newest
+    keep_every: Natural = 0  # and those at multiples of it; 0: none
     wandb: bool = False
     wandb_project: str = "rcm_jax"
     wandb_name: str = ""  # of the run; "": the name of its workdir
-    accumulate: int = 1  # parts of a batch, one after another: as many times less memory for activations
+    accumulate: Count = 1  # parts of a batch, one after another: as many times less memory for activations
     offload: bool = False  # optimizer states lie in the memory of the hosts
     asynchronous: bool = False  # checkpoints are written while training goes on
-    most_skips: int = 10  # so many updates of a network in a row whose gradients are not finite, and training stops
-    leave_out: tuple[int, ...] = ()  # examples, by their index in the data: each gives its turn to the next one
+    most_skips: Count = 10  # so many updates of a network in a row whose gradients are not finite, and training stops
+    hang_after: Natural = 3600  # seconds in which nothing new began, after which a run ends with status 4; 0: never
+    leave_out: tuple[Natural, ...] = ()  # examples, by their index in the data: each gives its turn to the next one
 
     def __post_init__(self):
-        counts = ("steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "keep", "accumulate")
-        for name in (*counts, "most_skips"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        # A snapshot ahead of the checkpoint from which a run goes on would be of another course.
+        if self.snapshot_every % self.checkpoint_every:
+            raise ValueError(
+                f"snapshot_every {self.snapshot_every} must be 0 or a multiple of checkpoint_every "
+                f"{self.checkpoint_every}"
+            )
 
     def check(self, mesh) -> None:
         """ValueError where this cannot be done on these devices."""
@@ -77,6 +84,12 @@ class Training(NamedTuple):
     def shardings(self) -> TrainState:
         return jax.tree.map(lambda leaf: leaf.sharding, self.state)
 
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Names of the groups of parameters of every network, as `finite_groups` has them."""
+        params = sorted(self.state.student.params)
+        return {"student": params, "critic": params}
+
 
 def make_training(label: str, config: TrainConfig, mesh, method: Method, boxed, key) -> Training:
     """A training that draws with keys of `key`; boxed: abstract parameters with logical axes. Nothing is allocated.
@@ -85,6 +98,10 @@ def make_training(label: str, config: TrainConfig, mesh, method: Method, boxed, 
     """
     config.check(mesh)
     abstract = jax.eval_shape(method.init, boxed)
+    if config.snapshot_every and not method.powers(abstract):
+        raise ValueError(
+            "train.snapshot_every is for power EMAs, and ema_half_life leaves none: name their widths by ema_tracks"
+        )
     shardings = shardings_of(abstract, mesh, config.offload)
     state = checkpoint.abstract_like(nn.meta.unbox(abstract), shardings)
     return Training(label, config, mesh, method, state, compile_steps(method, shardings, key))
@@ -124,16 +141,17 @@ def fit(
     state is donated. data is an iterator with get_state/set_state (rcm_jax.data.dataset.batches), of the local rows.
     on_sample(state, step) -> metrics.Shown or None, if given, is called every sample_every steps and at the end, in all
     processes. profile: two counts of steps between which a trace is written to workdir/profile.
-    Raises Interrupted, after saving, if a signal asks to stop; ValueError when nothing is learned any more (Guard).
+    Raises Interrupted, after saving, if a signal asks to stop; Diverged when nothing is learned any more (Guard).
     """
     config = training.config
-    with checkpoint.open_manager(workdir, config.keep, config.asynchronous) as manager, _stop_requested() as stop:
-        if manager.latest_step() is not None:
+    kept = Rotation(workdir, training.state, config.keep, config.keep_every, config.asynchronous)
+    with watched(config.hang_after) as watch, kept, _stop_requested() as stop:
+        if kept.steps:
             jax.tree.map(lambda leaf: leaf.delete(), state)  # two states of 14B parameters need not fit
-            state = checkpoint.restore(manager, training.state, data)
-        step, window, guard = int(state.step), Window(), Guard(config.most_skips)
+            state = kept.restore(data)
+        step, window, guard = int(state.step), Window(), Guard(config.most_skips, training.groups)
         check_trace(profile, step, config.steps)
-        pace = Pace(training.steps, training.method.open_trips, step)
+        pace = Pace(training.steps, training.method.open_trips, step, watch.at)
         with (
             _written(workdir, step, config) as (write, show),
             Console(training.label, step, config.steps) as console,
@@ -142,34 +160,46 @@ def fit(
             while step < config.steps:
                 trace(step, state)
                 with pace.waiting(state):
-                    rows = next(data)
-                    index = rows.pop("index")
-                    batch = distributed.global_batch(rows, config.batch_size, training.mesh)
+                    batch, index = _next_batch(training, data)
                 state, metrics = pace.run(training.method.phase(step), step, state, teacher, batch)
                 step += 1
-                window.add(metrics, index)
+                window.add(metrics)
+                guard.add(step, metrics, index)
                 console.advance()
                 stopping = stop(step)
                 last = stopping or step == config.steps
                 if "probe" in training.steps and step % config.sample_every == 0:
                     window.add(pace.run("probe", step, state, teacher, batch))
                 if last or step % config.log_every == 0:
-                    reading, speed = window.read(), pace.read(step)
-                    write(step, reading.values, speed)
-                    console.show(step, reading.values, speed, pace.left(step, config.steps), last)
-                    guard.follow(step, reading)
+                    values, speed = window.read(), pace.read(step)
+                    write(step, values, speed)
+                    console.show(step, values, speed, pace.left(step, config.steps), last)
+                    guard.check(step == config.steps)
                 if words := pace.forecast(step, config.steps, state):
                     say(f"{training.label}: {words}")
                 if last or step % config.checkpoint_every == 0:
                     with pace.stopped("checkpoints", state):
-                        checkpoint.save(manager, state, data)
+                        guard.check()
+                        kept.save(state, data, guard.healthy)
+                        if config.snapshot_every and (step % config.snapshot_every == 0 or step == config.steps):
+                            kept.wait()
+                            checkpoint.save_snapshot(workdir, state, training.method.powers(state))
                 if on_sample and (last or step % config.sample_every == 0):
                     with pace.stopped("previews", state):
                         show(step, on_sample(state, step))
                 if stopping:
                     raise Interrupted(step)
             trace(step, state)
+            with pace.stopped("checkpoints", state):
+                kept.finish(state, data)
     return state
+
+
+def _next_batch(training: Training, data):
+    """(batch, where its examples stand in the data), of all processes."""
+    rows = next(data)
+    index = rows.pop("index")
+    return distributed.global_batch(rows, training.config.batch_size, training.mesh), index
 
 
 @contextlib.contextmanager

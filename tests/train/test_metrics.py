@@ -4,7 +4,6 @@ import json
 import math
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from rcm_jax.train.metrics import MetricsWriter, Window, read_metrics, read_pace
@@ -47,20 +46,9 @@ def test_means_are_over_the_steps_that_have_the_name_and_are_forgotten_when_read
     window.add({"scm/loss": jnp.float32(1.0)})
     window.add({"scm/loss": jnp.float32(2.0)})
     window.add({"critic/loss": jnp.float32(5.0)})
-    assert window.read() == ({"critic/loss": 5.0, "scm/loss": 1.5}, {}, [])
-    assert window.read() == ({}, {}, [])
-
-
-def test_a_window_tells_each_networks_updates_in_order_and_the_examples_by_their_index_in_the_data():
-    window = Window()
-    for skipped, bad in ((0.0, [0, 0]), (1.0, [0, 1])):
-        flags = jnp.array(bad, jnp.float32)
-        window.add({"student/skipped": jnp.float32(skipped), "nonfinite": flags}, np.array([7, 3]))
-    window.add({"critic/skipped": jnp.float32(1.0)}, np.array([1, 2]))
-    reading = window.read()
-    assert reading.skips == {"student": [False, True], "critic": [True]}
-    assert reading.examples == [3]
-    assert reading.values == {"critic/skipped": 1.0, "student/skipped": 0.5}
+    window.add({"watched": {"examples": jnp.zeros(3)}})
+    assert window.read() == {"critic/loss": 5.0, "scm/loss": 1.5}
+    assert window.read() == {}
 
 
 def test_wandb_without_the_library_says_how_to_get_it(tmp_path):
@@ -71,3 +59,15 @@ def test_wandb_without_the_library_says_how_to_get_it(tmp_path):
             MetricsWriter(tmp_path, 0, wandb=True)
     else:
         pytest.skip("wandb is installed")
+
+
+@pytest.mark.parametrize("line", [b"{", b"[" * 10**5, b"3", b'{"loss": 1}', b'{"step": "7"}', b"\xff\xfe", b"null"])
+def test_a_line_that_cannot_be_read_is_named_and_kept_aside(tmp_path, caplog, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n' + line + b'\n{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
+    with caplog.at_level("WARNING", logger="absl"):
+        assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3]
+    assert f"{path}, line 2 cannot be read" in caplog.text
+    MetricsWriter(tmp_path, 2).close()
+    assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
+    assert (tmp_path / "metrics.jsonl.bad").read_bytes() == line + b"\n"

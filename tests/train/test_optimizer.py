@@ -8,13 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from rcm_jax.train.optimizer import (
-    OptimizerConfig,
-    make_optimizer,
-    power_ema_beta,
-    power_ema_exponent,
-    schedule,
-)
+from rcm_jax.train.averages import power_ema_beta, power_ema_exponent
+from rcm_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from rcm_jax.train.steps import rcm_phase, student_updates
 from tests.tiny import assert_trees_close, dmd_config, rcm_config, x64
 
@@ -52,6 +47,45 @@ def test_with_first_moment_the_numbers_are_those_of_adamw():
     assert_trees_close(ours, adamw, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("b2", [0.99, 0.999])
+def test_radam_is_the_recurrence_of_its_paper_with_eps_after_the_bias_correction(b2):
+    """In float64, through the first updates, which are of the first moment alone, and on."""
+    rng, b1, eps, rate, decay = np.random.default_rng(0), 0.9, 1e-3, 1e-2, 0.1
+    gradients, start = rng.normal(size=(20, 5)), rng.normal(size=5)
+    params, mean, square, rho_max, rectified = start, 0.0, 0.0, 2 / (1 - b2) - 1, []
+    for n, g in enumerate(gradients, 1):
+        mean, square = b1 * mean + (1 - b1) * g, b2 * square + (1 - b2) * g**2
+        step, rho = mean / (1 - b1**n), rho_max - 2 * n * b2**n / (1 - b2**n)
+        rectified.append(rho > 5)
+        if rho > 5:
+            r = np.sqrt((rho - 4) * (rho - 2) * rho_max / ((rho_max - 4) * (rho_max - 2) * rho))
+            correction = np.sqrt(1 - b2**n)  # torch: correction / (np.sqrt(square) + eps)
+            step = r * step / (np.sqrt(square) / correction + eps)
+        params = params - rate * (step + decay * params)
+    assert rectified == [False] * 5 + [True] * 15
+    config = OptimizerConfig(rate, b1=b1, b2=b2, eps=eps, weight_decay=decay, warmup_steps=0, kind="radam")
+    with x64():
+        ours, optimizer = jnp.asarray(start), make_optimizer(config)
+        state = optimizer.init(ours)
+        for g in gradients:
+            updates, state = optimizer.update(jnp.asarray(g), state, ours)
+            ours = optax.apply_updates(ours, updates)
+    np.testing.assert_allclose(ours, params, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(kind="sgd"), "kind is 'sgd': it must be one of adamw, radam"),
+        (dict(decay_after=-1), "decay_after is -1"),
+        (dict(decay_after=70, decay_steps=500), "decay_steps 500 .* decay_after 70"),
+    ],
+)
+def test_configs_that_make_no_sense_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**values)
+
+
 @pytest.mark.parametrize(("b1", "slots"), [(0.0, 1), (0.9, 2)])
 def test_state_has_one_slot_a_parameter_without_first_moment(b1, slots):
     params = parameters()
@@ -71,6 +105,28 @@ def test_cosine_falls_to_the_final_scale_and_stays_there():
     rate = schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10, decay_steps=110, final_scale=0.1))
     # 10: peak; 60: half way, the mean of 1 and 0.1; 110 and later: 0.1.
     np.testing.assert_allclose([float(rate(n)) for n in (10, 60, 110, 500)], [1, 0.55, 0.1, 0.1], rtol=1e-6)
+
+
+@pytest.mark.golden
+def test_root_decay_is_that_of_edm2_whose_warmup_is_one_update_behind(golden):
+    """Of updates of 1,000 images, for which all of its counts are whole."""
+    cases = json.loads((golden / "edm2_unet/phema.json").read_text())["learning_rate_schedule"]
+    warm = late = 0
+    for case in cases:
+        n, warmup = case["cur_nimg"] / 1000, round(case["rampup_Mimg"] * 1000)
+        decay_after = round(case["ref_batches"] * case["batch_size"] / 1000)
+        with x64():
+            rate = schedule(OptimizerConfig(case["ref_lr"], warmup_steps=warmup, decay_after=decay_after))
+            ours = float(rate(jnp.asarray(n))), float(rate(jnp.asarray(n - 1)))
+        if n == 0:
+            assert case["lr"] == 0 and ours[0] == pytest.approx(case["ref_lr"] / warmup, rel=1e-12)
+        elif n < warmup:
+            assert ours[1] == pytest.approx(case["lr"], rel=1e-12) and ours[0] > case["lr"]
+            warm += 1
+        else:
+            assert ours[0] == pytest.approx(case["lr"], rel=1e-12)
+            late += case["lr"] < case["ref_lr"]
+    assert warm and late
 
 
 def test_decay_that_ends_within_the_warmup_is_refused_with_both_numbers():
@@ -186,3 +242,11 @@ def test_dmd_joins_after_the_warmup_and_warmup_0_starts_with_one_scm_step():
 
 def test_without_dmd_there_is_no_critic_phase():
     assert "critic" not in {rcm_phase(rcm_config(warmup=3, dmd=None), i) for i in range(50)}
+
+
+def test_constants_of_a_network_do_not_decay():
+    params = {"time": {"freqs": jnp.ones(3), "kernel": jnp.ones((2, 2))}}
+    optimizer = make_optimizer(OptimizerConfig(0.1, weight_decay=0.5, warmup_steps=0))
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    np.testing.assert_array_equal(updates["time"]["freqs"], 0)
+    np.testing.assert_allclose(updates["time"]["kernel"], -0.05, rtol=1e-6)

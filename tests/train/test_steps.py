@@ -10,9 +10,10 @@ import pytest
 from rcm_jax.method import trigflow
 from rcm_jax.method.denoiser import Velocities
 from rcm_jax.method.keys import named_keys
-from rcm_jax.method.objectives import Given, dmd, scm
+from rcm_jax.method.objectives import DiffusionConfig, Given, dmd, scm
+from rcm_jax.method.trigflow import LogNormal
 from rcm_jax.train import steps
-from rcm_jax.train.optimizer import power_ema_beta, power_ema_exponent
+from rcm_jax.train.averages import power_ema_beta, power_ema_exponent
 from tests import tiny
 from tests.tiny import assert_trees_close, assert_trees_equal, rcm_config
 
@@ -20,9 +21,10 @@ from tests.tiny import assert_trees_close, assert_trees_equal, rcm_config
 fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compilation)
 
 
-def batch(nan=False):
+def batch(sample=None):
+    """sample: what the second one is instead."""
     values = {k: jax.tree.map(lambda a: jnp.asarray(a[: tiny.BATCH]), v) for k, v in tiny.arrays().items()}
-    return values | {"x0": values["x0"].at[1].set(jnp.nan)} if nan else values
+    return values if sample is None else values | {"x0": values["x0"].at[1].set(sample)}
 
 
 @functools.cache
@@ -101,7 +103,7 @@ def test_critic_phase_moves_the_fake_score_alone():
     assert after.fake_score.updates == 1
     assert_trees_equal((after.student, after.ema), (before.student, before.ema))
     told = {"loss", "nonfinite", "grad_norm", "skipped", "learning_rate"}
-    assert set(metrics) == {f"critic/{name}" for name in told} | {"nonfinite"}
+    assert set(metrics) == {f"critic/{name}" for name in told} | {"watched", "data/nonfinite"}
 
 
 def test_warmup_phase_has_no_dmd():
@@ -120,9 +122,46 @@ def test_first_warmup_step_has_no_tangent_but_the_gap_to_the_teacher():
 @pytest.mark.parametrize("phase", ["diffusion", "warmup", "student"])
 def test_an_update_with_a_gradient_that_is_not_finite_leaves_the_state_and_counts_as_skipped(phase):
     before = start(phase=phase)
-    after, metrics = step(phase, before, batch(nan=True))  # a sample whose F is NaN
-    assert metrics["student/skipped"] == 1
+    after, metrics = step(phase, before, batch(3e38))  # a sample whose F is not finite
+    assert metrics["student/skipped"] == 1 and not np.all(metrics["watched"]["gradients"]["student"])
     assert after.step == before.step + 1
+    assert_trees_equal(after.replace(step=before.step), before)
+
+
+@pytest.mark.parametrize("phase", ["diffusion", "warmup", "student", "critic"])
+def test_a_sample_that_is_not_finite_costs_itself_and_not_the_update(phase):
+    network = "critic" if phase == "critic" else "student"
+    after, metrics = step(phase, data=batch(jnp.nan))
+    assert metrics[f"{network}/skipped"] == 0 and np.all(metrics["watched"]["gradients"][network])
+    for flags in ("data", "examples"):
+        assert metrics["watched"][flags].tolist() == [0.0, 1.0] + [0.0] * (tiny.BATCH - 2)
+    assert_trees_equal(after, step(phase, data=batch(jnp.inf))[0])
+    whole, _ = step(phase)
+    moved = (lambda state: state.fake_score.params) if phase == "critic" else (lambda state: state.student.params)
+    assert differs(moved(after), moved(whole))
+
+
+def test_the_gradient_is_that_of_the_finite_samples():
+    F, _ = tiny.dit()
+    state, data = start(phase="diffusion"), batch()
+    objective = DiffusionConfig(LogNormal(-0.2, 1.2))
+
+    @jax.jit
+    @jax.grad
+    def expected(params):
+        term = objective.term(Given(Velocities(F, F, F), params, None, tiny.teacher(None), data, jax.random.key(0)))
+        return jnp.sum(jnp.delete(term.loss, 1)) / tiny.BATCH
+
+    _, metrics = step("diffusion", state, batch(jnp.nan))
+    grad = expected(state.student.params)
+    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(grad)))
+    np.testing.assert_allclose(metrics["student/grad_norm"], norm, rtol=1e-5)
+
+
+def test_an_update_by_no_sample_is_skipped():
+    before = start(phase="diffusion")
+    after, metrics = step("diffusion", before, batch() | {"x0": jnp.full_like(batch()["x0"], jnp.nan)})
+    assert metrics["student/skipped"] == 1 and metrics["student/grad_norm"] == 0
     assert_trees_equal(after.replace(step=before.step), before)
 
 
@@ -203,7 +242,7 @@ def test_a_sample_that_is_not_finite_is_known_by_its_place_in_the_batch(phase, l
     data["x0"] = data["x0"].at[5].set(jnp.nan)
     made = tiny.pretraining(F, parts) if phase == "diffusion" else tiny.distillation(F, parts)
     _, metrics = jax.jit(made.steps[phase])(start(phase=phase), teacher(), data, jax.random.key(0))
-    assert metrics["nonfinite"].tolist() == [float(i == 5) for i in range(2 * tiny.BATCH)]
+    assert metrics["watched"]["examples"].tolist() == [float(i == 5) for i in range(2 * tiny.BATCH)]
     assert float(metrics[f"{loss}/nonfinite"]) == pytest.approx(1 / (2 * tiny.BATCH))
 
 
