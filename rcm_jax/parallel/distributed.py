@@ -4,10 +4,11 @@ Every process runs the same program on the same config; jax.devices() are those 
 sharded over them as over the devices of one process.
 """
 
+import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -16,7 +17,6 @@ from jax.experimental import multihost_utils
 from rcm_jax.parallel.sharding import batch_sharding
 
 HEARTBEAT = 120  # seconds of silence after which a process counts as dead; a host may stall so long in a save
-WORD = 8192  # bytes of a message, at most
 
 
 def initialize(
@@ -65,12 +65,24 @@ def wait(name: str) -> None:
 
 def told_by_first(word: str) -> str:
     """What the first process says, in all of them; all must call it."""
+    return _told_by(0, word) if several() else word
+
+
+def told_by_any(word: str) -> str:
+    """What one of the processes that have something to say says, in all of them; "" if none has. All must call it."""
     if not several():
         return word
-    text = word.encode()[:WORD]
-    buffer = np.zeros(WORD, np.uint8)
-    buffer[: len(text)] = np.frombuffer(text, np.uint8)
-    return bytes(multihost_utils.broadcast_one_to_all(buffer)).rstrip(b"\0").decode(errors="ignore")
+    speak = np.ravel(multihost_utils.process_allgather(np.asarray(bool(word))))
+    return _told_by(int(np.argmax(speak)), word) if speak.any() else ""
+
+
+def _told_by(process: int, word: str) -> str:
+    source, text = jax.process_index() == process, np.frombuffer(word.encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text)), is_source=source))
+    buffer = np.zeros(length, np.uint8)
+    if source:
+        buffer[:] = text
+    return bytes(multihost_utils.broadcast_one_to_all(buffer, is_source=source)).decode() if length else ""
 
 
 def by_first(work: Callable[[], object]) -> None:
@@ -83,6 +95,22 @@ def by_first(work: Callable[[], object]) -> None:
             refusal = error
     if word := told_by_first(str(refusal or "")):
         raise refusal or ValueError(word)
+
+
+def agree(own: Mapping[str, str]) -> None:
+    """ValueError in every process unless all have the same words of the same names; all must call it."""
+    if not several():
+        return
+    firsts = json.loads(told_by_first(json.dumps(own)))
+    differing = [name for name in {**firsts, **own} if firsts.get(name) != own.get(name)]
+    others = np.flatnonzero(multihost_utils.process_allgather(np.array(bool(differing))))
+    if differing:
+        more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
+        shown = "; ".join(f"{name} is {firsts.get(name)} there, {own.get(name)} here" for name in differing[:5])
+        raise ValueError(f"process {jax.process_index()} was started otherwise than process 0: {shown}{more}")
+    if others.size:
+        named = ", ".join(map(str, others[:5])) + (" …" if others.size > 5 else "")
+        raise ValueError(f"other processes ({named}) were started otherwise than process 0; their own errors say how")
 
 
 def local_rows(batch_size: int, mesh) -> np.ndarray:

@@ -6,11 +6,14 @@ here; without one, or with a mesh of one device, nothing of this touches them.
 
 import dataclasses
 import math
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rcm_jax.util.ranges import config
 
 # Parameters are split over (fsdp, seq) jointly: whatever the mesh is used for, no chip holds a second copy.
 PARAMETER = ("fsdp", "seq")
@@ -26,13 +29,25 @@ RULES = {
 LARGEST_WHOLE = 2**20  # elements (4 MiB in float32): a larger parameter must be split where RULES say so
 
 
-@dataclasses.dataclass(frozen=True)
+def _devices(size: int) -> str:
+    """Rule of a field."""
+    return "" if size == -1 or 1 <= size <= 2**20 else "-1 (all that are left), or from 1 to 1,048,576"
+
+
+Devices = Annotated[int, _devices]
+
+
+@config
 class MeshConfig:
     """Devices along each mesh axis; one of them may be -1, "all that are left"."""
 
-    data: int = -1
-    fsdp: int = 1
-    seq: int = 1
+    data: Devices = -1
+    fsdp: Devices = 1
+    seq: Devices = 1
+
+    def __post_init__(self):
+        if (self.data, self.fsdp, self.seq).count(-1) > 1:
+            raise ValueError(f"data {self.data}, fsdp {self.fsdp}, seq {self.seq}: at most one of them may be -1")
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
@@ -42,8 +57,6 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     described = " × ".join(f"{axis}={size}" for axis, size in sizes.items())
-    if len(free) > 1 or fixed < 1 or any(size < -1 or size == 0 for size in sizes.values()):
-        raise ValueError(f"mesh {described}: sizes must be positive, and at most one may be -1")
     if free:
         sizes[free[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):

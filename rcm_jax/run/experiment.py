@@ -1,28 +1,31 @@
 """A whole experiment as one frozen config. Defaults stand here and in the configs of its parts, and nowhere else."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from rcm_jax.data import DATASETS
 from rcm_jax.method import denoiser, samplers
 from rcm_jax.models import AUTOENCODERS, NETWORKS, TEXT_ENCODERS, network_of
-from rcm_jax.models.layers import DTYPES
+from rcm_jax.models.layers import Dtype
 from rcm_jax.models.records import record_of
 from rcm_jax.parallel.sharding import MeshConfig
+from rcm_jax.train.optimizer import OptimizerConfig
 from rcm_jax.train.steps import DiffusionMethod, RcmConfig, student_updates
 from rcm_jax.train.trainer import TrainConfig
 from rcm_jax.util.config import build
+from rcm_jax.util.ranges import Guidance, Seed, Shift, Steps, Time, Width, among, between, config, some
 
 RANDOM = "random"  # in the place of a teacher: parameters as they are first drawn, to see that a run runs
 
 
-def one_of(table: Mapping):
-    """A field whose value is the config of an entry of a table."""
-    return dataclasses.field(metadata={"kinds": table})
+def one_of(table: Mapping, optional: bool = False):
+    """A field whose value is the config of an entry of a table; optional: or None."""
+    return dataclasses.field(metadata={"kinds": table, "optional": optional})
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class PretrainConfig:
     """Making the teacher."""
 
@@ -30,49 +33,62 @@ class PretrainConfig:
     train: TrainConfig = TrainConfig()
 
 
-@dataclasses.dataclass(frozen=True)
+def _level(value: float) -> str:
+    """Rule of a field."""
+    return "" if 1e-9 <= value <= 1e9 or value == math.inf else "from 1e-9 to 1e9, or inf"
+
+
+Level = Annotated[float, _level]  # of noise
+
+
+@config
 class SamplingConfig:
     """Noise levels of the samplers. mid_times[k - 1] are the k − 1 times between arctan(sigma_max) and 0 of k steps."""
 
-    sigma_max: float = 80.0
-    mid_times: tuple[tuple[float, ...], ...] = ((), (1.3,), (1.3, 1.0), (1.3, 1.0, 0.6))
-    teacher_steps: int = 50
-    teacher_shift: float = 1.0  # of the teacher's grid, uniform in rectified-flow time before the shift
-    teacher_solver: str = "euler"
-    teacher_sigma_max: float | None = None  # None: sigma_max
-    data_shift: float | None = None  # of the teacher's grid where a set is built of its samples; None: teacher_shift
-    report_samples: int | None = None  # of every row of a report's table; None: as many as tell rows apart
+    sigma_max: Level = 80.0
+    mid_times: Annotated[tuple[tuple[Time, ...], ...], some] = ((), (1.3,), (1.3, 1.0), (1.3, 1.0, 0.6))
+    teacher_steps: Steps = 50
+    teacher_shift: Shift = 1.0  # of the teacher's grid, uniform in rectified-flow time before the shift
+    teacher_solver: Annotated[str, among(samplers.SOLVERS)] = "euler"
+    teacher_sigma_max: Level | None = None  # None: sigma_max
+    # Of EDM's grid, in the place of the shifted one; EDM has 7.
+    teacher_rho: Annotated[float, between(0.1, 100)] | None = None
+    teacher_sigma_min: Annotated[float, between(1e-9, 1e9)] = (
+        0.004  # of EDM's grid: its 0.002, for data of unit variance
+    )
+    student_guidance: Guidance | None = None  # of students that are given it (guidance_max), and teachers beside them
+    data_shift: Shift | None = None  # of the teacher's grid where a set is built of its samples; None: teacher_shift
+    # Of every row of a report's table, two or more, for they are compared; None: as many as tell rows apart.
+    report_samples: Annotated[int, between(2, 1_000_000)] | None = None
 
     def __post_init__(self):
-        if self.teacher_solver not in samplers.SOLVERS:
-            raise ValueError(f"teacher_solver {self.teacher_solver!r} is none of {', '.join(samplers.SOLVERS)}")
-        if self.teacher_steps < 1:
-            raise ValueError(f"teacher_steps {self.teacher_steps} must be at least 1")
-        if self.report_samples is not None and self.report_samples < 2:
-            raise ValueError(f"report_samples {self.report_samples} must be at least 2, for they are compared")
-        if not self.mid_times:
-            raise ValueError("mid_times is empty: its first entry, (), makes samples of one step")
         for k, times in enumerate(self.mid_times, 1):
             if len(times) != k - 1:
                 raise ValueError(f"mid_times[{k - 1}] is for {k} steps: it needs {k - 1} times, got {list(times)}")
             samplers.student_times(self.sigma_max, times)
+        if self.teacher_rho is not None and self.data_shift is not None:
+            raise ValueError("data_shift is of the shifted grid, and teacher_rho takes EDM's: set one of them to None")
+        self.teacher_times()
+
+    def teacher_times(self, steps: int | None = None):
+        """[steps + 1] decreasing times of a teacher's ODE, of teacher_steps by default."""
+        sigma_max, steps = self.teacher_sigma_max or self.sigma_max, steps or self.teacher_steps
+        if self.teacher_rho is None:
+            return samplers.ode_times(steps, sigma_max, self.teacher_shift)
+        return samplers.edm_times(steps, sigma_max, self.teacher_sigma_min, self.teacher_rho)
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class MediaConfig:
     """What lies between files and the network: a prompt becomes its condition "text", its latents become pixels."""
 
-    text_encoder: Any = one_of(TEXT_ENCODERS)
+    text_encoder: Any = one_of(TEXT_ENCODERS, optional=True)  # None: there are no prompts but classes
     vae: Any = one_of(AUTOENCODERS)
-    text_length: int = 512  # tokens, to which every prompt is cut or padded
+    text_length: Width = 512  # tokens, to which every prompt is cut or padded
     clean_prompts: bool = False  # as Wan does
     zero_negative: bool = False  # an empty negative prompt is zeros, as Cosmos-Predict2 was trained; else the encoder's
-    fps: int = 16  # frames of pixels in a second
+    fps: Annotated[int, between(1, 1_000)] = 16  # frames of pixels in a second
     vae_path: str = ""  # published weights of the autoencoder, any layout: previews and reports show pixels; "": none
-
-    def __post_init__(self):
-        if min(self.text_length, self.fps) < 1:
-            raise ValueError(f"text_length {self.text_length} and fps {self.fps} must be at least 1")
 
     @property
     def text_width(self) -> int:
@@ -80,35 +96,49 @@ class MediaConfig:
         return record_of(TEXT_ENCODERS, self.text_encoder).width(self.text_encoder)
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class Predictor:
     """A network and what it predicts: all that converted weights say of themselves."""
 
     model: Any = one_of(NETWORKS)
-    parametrization: str = ""  # what the network predicts, and of what; "": as its record says
-    time_scale: float = 0.0  # the network is given time_scale × its own time; 0: as its record says
+    # What the network predicts, and of what; "": as its record says.
+    parametrization: Annotated[str, among(denoiser.PARAMETRIZATIONS, "")] = ""
+    # The network is given time_scale × its own time; 0: as its record says.
+    time_scale: Annotated[float, between(0, 1e6)] = 0.0
 
     def __post_init__(self):
         record = network_of(self.model)
         object.__setattr__(self, "parametrization", self.parametrization or record.parametrization)
         object.__setattr__(self, "time_scale", self.time_scale or record.time_scale)
-        if self.parametrization not in denoiser.PARAMETRIZATIONS:
-            known = ", ".join(denoiser.PARAMETRIZATIONS)
-            raise ValueError(f"parametrization {self.parametrization!r} is none of {known}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config(kw_only=True)
 class Pretraining(Predictor):
     """What makes a teacher, whole: the config of a teacher's workdir."""
 
-    seed: int = 0
+    seed: Seed = 0
     data: Any = one_of(DATASETS)
     pretrain: PretrainConfig = PretrainConfig()
     sampling: SamplingConfig = SamplingConfig()
     mesh: MeshConfig = MeshConfig()
+    media: MediaConfig | None = None  # of data that are latents of images or videos
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_optional()
+        if self.pretrain:
+            steps = self.pretrain.train.steps
+            _check_decay(
+                "pretrain.method.optimizer", self.pretrain.method.optimizer, f"pretrain.train.steps {steps}", steps
+            )
+
+    def _check_optional(self):
+        """ValueError where the network cannot do without, or lacks, what its training gives it."""
+        if self.pretrain and self.pretrain.method.dropout and "dropout" not in network_of(self.model).optional:
+            raise ValueError(f"pretrain.method.dropout {self.pretrain.method.dropout}: this network has none")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config(kw_only=True)
 class Experiment(Pretraining):
     """A distillation, whole, with the pretraining of its teacher if it has one."""
 
@@ -118,9 +148,8 @@ class Experiment(Pretraining):
     fake_start: str = ""  # workdir whose fake score, or averaged network, the fake score starts from; "": the teacher
     rcm: RcmConfig = RcmConfig()
     train: TrainConfig = TrainConfig()
-    teacher_dtype: str = "float32"  # of the teacher's parameters in memory; those that are trained are float32
+    teacher_dtype: Dtype = "float32"  # of the teacher's parameters in memory; those that are trained are float32
     exact_teacher: bool = False  # F_T is the data's own velocity; a pretrained network is only where the student starts
-    media: MediaConfig | None = None  # of data that are latents of images or videos
 
     @property
     def has_teacher(self) -> bool:
@@ -133,22 +162,42 @@ class Experiment(Pretraining):
         return self.rcm.needs_teacher and not self.exact_teacher
 
     @property
+    def teacher_guidance(self) -> float:
+        """Of the teacher's samples."""
+        return self.rcm.guidance if self.rcm.guidance_max is None else self.sampling.student_guidance or 1.0
+
+    @property
     def pretraining(self) -> Pretraining:
         """The part that makes the teacher."""
         return Pretraining(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Pretraining)})
 
     def __post_init__(self):
         super().__post_init__()
-        if self.teacher_dtype not in DTYPES:
-            raise ValueError(f"teacher_dtype {self.teacher_dtype!r} is none of {', '.join(DTYPES)}")
         if self.fake_start and not self.rcm.fake_score:
             raise ValueError(f"fake_start is {self.fake_start}, but rcm.fake_score is None: set it to ''")
+        self._check_guidance()
         self._check_phases()
-        updates, student = student_updates(self.rcm, self.train.steps), self.rcm.student
-        if 0 < student.decay_steps < updates and student.final_scale == 0:
+        updates = student_updates(self.rcm, self.train.steps)
+        _check_decay("rcm.student", self.rcm.student, f"train.steps {self.train.steps}", updates)
+
+    def _check_optional(self):
+        super()._check_optional()
+        if self.rcm.dropout and "dropout" not in network_of(self.model).optional:
+            raise ValueError(f"rcm.dropout {self.rcm.dropout}: this network has none, set it to 0")
+
+    def _check_guidance(self):
+        """ValueError unless a student is given its guidance both when it is trained and when it samples, or never."""
+        given, most = self.sampling.student_guidance, self.rcm.guidance_max
+        if most is None and given is not None:
+            raise ValueError(f"sampling.student_guidance {given} is for students with rcm.guidance_max: set it to None")
+        if most is None:
+            return
+        if not getattr(self.model, "guidance_input", False):
+            raise ValueError(f"rcm.guidance_max {most} takes a network with model.guidance_input=True")
+        if given is None or not self.rcm.guidance <= given <= most:
             raise ValueError(
-                f"train.steps {self.train.steps} makes {updates} student updates, but the learning rate is 0 after "
-                f"rcm.student.decay_steps = {student.decay_steps}: raise decay_steps or final_scale"
+                f"sampling.student_guidance is {given}: it must be in rcm.guidance to rcm.guidance_max, "
+                f"{self.rcm.guidance} to {most}"
             )
 
     def _check_phases(self):
@@ -162,6 +211,15 @@ class Experiment(Pretraining):
                 f"train.steps {steps} is too short: with rcm.warmup {rcm.warmup} {joins} in iteration {needed}, the "
                 f"first being 0. Set train.steps above {needed}, or rcm.warmup lower, or choose a method without it"
             )
+
+
+def _check_decay(key: str, optimizer: OptimizerConfig, steps: str, updates: int) -> None:
+    """ValueError where a learning rate is 0 before so many updates, of so many steps, are done."""
+    if 0 < optimizer.decay_steps < updates and optimizer.final_scale == 0:
+        raise ValueError(
+            f"{steps} makes {updates} updates, but the learning rate is 0 after {key}.decay_steps = "
+            f"{optimizer.decay_steps}: raise decay_steps or final_scale"
+        )
 
 
 def from_mapping(values: Mapping) -> Predictor:

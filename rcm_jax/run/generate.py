@@ -15,6 +15,7 @@ import numpy as np
 from safetensors.numpy import save as to_safetensors
 
 from rcm_jax import convert
+from rcm_jax.data import LatentsConfig
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.media import text, video
 from rcm_jax.media.picture import grid, save_png
@@ -24,16 +25,17 @@ from rcm_jax.models.records import record_of
 from rcm_jax.parallel.sharding import MeshConfig, make_mesh
 from rcm_jax.run import previews, texts, workdir
 from rcm_jax.run.experiment import Experiment, MediaConfig, Pretraining
-from rcm_jax.run.pixels import frames, open_weights, write
+from rcm_jax.run.pixels import frames, open_weights, with_frames, write
 from rcm_jax.run.program import Network, load_data, make_network, student_sampler, teacher_sampler, zeros
 from rcm_jax.train import checkpoint, trainer
 from rcm_jax.util.files import as_path, write_whole
 
 UPSCALE = 8  # of the small images of a grid
+MOST = 10**6  # samples of one request: they are in memory together
 FILES = {  # around a network, and what they are
     "text_encoder": "published weights of umT5 (Wan) or T5 (Cosmos), any layout",
     "tokenizer": "the folder of its tokenizer.json, or a repository of the hub",
-    "vae": "published weights of the Wan2.1 autoencoder, any layout",
+    "vae": "published weights of the autoencoder, any layout",
 }
 
 
@@ -50,8 +52,13 @@ class Generator:
 
     @property
     def media(self) -> Any:
-        """MediaConfig; None: samples are of classes, and shown as they are."""
+        """MediaConfig; None: samples are shown as they are."""
         return getattr(self.run, "media", None)
+
+    @property
+    def of_classes(self) -> bool:
+        """Whether samples are of classes, else of prompts."""
+        return self.media is None or self.media.text_encoder is None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,7 +68,7 @@ class Generator:
     @property
     def frames(self) -> int:
         """Of pixels."""
-        return 1 + (self.shape[0] - 1) * self.media.vae.stride[0] if self.media else 1
+        return 1 + (with_frames(self.shape)[0] - 1) * self.media.vae.stride[0] if self.media else 1
 
     @property
     def guidance(self) -> float:
@@ -117,12 +124,24 @@ def load(
     if unknown := set(files) - set(FILES):
         raise ValueError(f"{', '.join(sorted(unknown))} is no file around a network: {', '.join(FILES)}")
     if hasattr(run.model, "num_classes") and isinstance(run, Pretraining):
-        if size or frames or files:
-            raise ValueError(f"{folder} samples from classes: it takes no sizes of pixels and no weights around it")
-        dataset = load_data(run)
+        allowed = {"vae"} if run.media else set()
+        if size or frames or set(files) - allowed:
+            raise ValueError(
+                f"{folder} samples from classes: it takes no sizes of pixels, and of weights around it "
+                f"{' and '.join(allowed) or 'none'}"
+            )
+        dataset = classes_dataset(run)
     else:
         dataset = prompts_dataset(run, size, frames)
     return Generator(as_path(folder), step, known == "teacher", run, dataset, files)
+
+
+def classes_dataset(run: Any) -> Dataset:
+    """The data of a run; of latents, which need not be there, one example of zeros."""
+    if not isinstance(run.data, LatentsConfig):
+        return load_data(run)
+    null = {"label": np.int32(run.model.num_classes)}
+    return dataclasses.replace(zeros(run, run.data.shape), uncond=null)
 
 
 def prompts_dataset(run: Any, size: tuple[int, int] | None = None, frames: int | None = None) -> Dataset:
@@ -163,11 +182,12 @@ class Request(NamedTuple):
     asked: list  # prompts or labels
     seeds: list[int]
     steps: int
-    guidance: float | None  # of a teacher
+    guidance: float | None  # None: of a student that has it built in
     batch: int
     encoder: Any = None  # tensors of the text encoder, not read yet
     tokens: Any = None  # (ids, mask) of the prompts and, last, the negative one
-    zero_last: bool = False  # the negative prompt is zeros
+    negative: str = ""  # the negative prompt
+    zero_last: bool = False  # it is zeros
 
     @property
     def calls(self) -> int:
@@ -180,28 +200,51 @@ def request(
     generator: Generator, asked, seeds=(0,), *, steps: int | None = None, guidance: float | None = None,
     negative_prompt: str | None = None, batch: int = 1,
 ) -> Request:  # fmt: skip
-    """ValueError for what cannot be sampled. steps, guidance: the config's if None; a student has its own guidance."""
+    """ValueError for what cannot be sampled. steps, guidance: the config's if None; most students have theirs built
+    in, and take none."""
     run, asked, seeds = generator.run, [asked] if isinstance(asked, str) else list(asked), [int(s) for s in seeds]
     if not asked:
         raise ValueError("there is no prompt: give --prompt or --prompts=FILE")
-    if generator.of_teacher:
-        guidance = generator.guidance if guidance is None else guidance
-    elif guidance is not None or negative_prompt is not None:
-        given = "guidance" if guidance is not None else "negative_prompt"
-        raise ValueError(f"--{given} is for teachers: this student was distilled with guidance {generator.guidance}")
+    if guidance is not None and not math.isfinite(guidance):
+        raise ValueError(f"guidance {guidance} must be a finite number")
+    if len(asked) * len(seeds) > MOST:
+        raise ValueError(f"{len(asked):,} × {len(seeds):,} samples are more than {MOST:,}: ask for them in parts")
+    guidance = guidance_of(generator, guidance, negative_prompt)
     steps = int(steps or (run.sampling.teacher_steps if generator.of_teacher else len(run.sampling.mid_times)))
-    make_sampler(run, generator.network.F, steps, guidance, None)  # are there so many steps?
+    make_sampler(generator, generator.network.F, steps, guidance, None)  # are there so many steps?
     checkpoint.params_of(generator.folder, "ema", generator.step)
-    if (media := generator.media) is None:
+    if generator.of_classes:
         known = range(generator.dataset.num_classes or 0)
         if bad := [str(label) for label in asked if int(label) not in known]:
             raise ValueError(f"there is no class {', '.join(bad)}: the classes are 0 to {len(known) - 1}")
-        return Request(generator, [int(label) for label in asked], seeds, steps, guidance, previews.BATCH)
+        batch = previews.BATCH if generator.media is None else batch
+        return Request(generator, [int(label) for label in asked], seeds, steps, guidance, batch)
+    media = generator.media
     encoder = open_weights(media.text_encoder, generator.path("text_encoder"))
-    sentences = [*asked, _negative(media, guidance, negative_prompt)]
-    zero_last = media.zero_negative and not sentences[-1]
-    tokens = texts.tokenize(media, generator.path("tokenizer"), sentences)
-    return Request(generator, asked, seeds, steps, guidance, batch, encoder, tokens, zero_last)
+    negative = _negative(media, guidance if generator.of_teacher else None, negative_prompt)
+    tokens = texts.tokenize(media, generator.path("tokenizer"), [*asked, negative])
+    zero_last = media.zero_negative and not negative
+    return Request(generator, asked, seeds, steps, guidance, batch, encoder, tokens, negative, zero_last)
+
+
+def guidance_of(generator: Generator, given: float | None, negative_prompt: str | None = None) -> float | None:
+    """That of a teacher, or of a student that takes it as an input; None for one that has it built in.
+
+    ValueError for one that is not to be had.
+    """
+    if generator.of_teacher:
+        return generator.guidance if given is None else given
+    least, most = generator.guidance, generator.run.rcm.guidance_max
+    if negative_prompt is not None or (given is not None and most is None):
+        name = "guidance" if given is not None and most is None else "negative_prompt"
+        raise ValueError(f"--{name} is for teachers: this student was distilled with guidance {least}")
+    if most is None:
+        return None
+    own = generator.run.sampling.student_guidance
+    guidance = given if given is not None else least if own is None else own
+    if not least <= guidance <= most:
+        raise ValueError(f"guidance {guidance:g} is not one that this student has learned: {least:g} to {most:g}")
+    return guidance
 
 
 def _negative(media: MediaConfig, guidance: float | None, given: str | None) -> str:
@@ -247,11 +290,11 @@ def restore(network: Network, folder, step: int | None, mesh):
     return checkpoint.restore_item(folder, "ema", abstract, step)
 
 
-def make_sampler(run, F: Velocity, steps: int, guidance: float | None, uncond) -> Callable:
-    """student_sampler or, with a guidance, teacher_sampler; uncond: its conditions, without a batch axis."""
-    if guidance is None:
-        return student_sampler(F, run.sampling, steps)
-    return teacher_sampler(F, uncond, guidance, run.sampling, steps)
+def make_sampler(generator: Generator, F: Velocity, steps: int, guidance: float | None, uncond) -> Callable:
+    """Its teacher_sampler or student_sampler; uncond: what a teacher's guidance replaces, without a batch axis."""
+    if generator.of_teacher:
+        return teacher_sampler(F, uncond, 1.0 if guidance is None else guidance, generator.run.sampling, steps)
+    return student_sampler(F, generator.run.sampling, steps, guidance)
 
 
 def counted(F: Velocity, tick: Callable[[], object]) -> Velocity:
@@ -267,20 +310,36 @@ def counted(F: Velocity, tick: Callable[[], object]) -> Velocity:
     return call
 
 
+class Loaded(NamedTuple):
+    """What draws samples: to be called under its mesh."""
+
+    mesh: Any
+    params: Any
+    sampler: Callable
+
+
+def load_sampler(wanted: Request, uncond, batch: int, tick: Callable[[], object] | None = None) -> Loaded:
+    """The sampler of a request, with its parameters over all devices, for so many samples at once."""
+    generator, network = wanted.generator, wanted.generator.network
+    mesh = make_sampling_mesh(generator.run, generator.shape, batch)
+    params = restore(network, generator.folder, generator.step, mesh)
+    F = counted(network.F, tick) if tick else network.F
+    return Loaded(mesh, params, make_sampler(generator, F, wanted.steps, wanted.guidance, uncond))
+
+
 def sample(wanted: Request, given: tuple[dict, dict], tick: Callable[[], object] | None = None) -> "Samples":
     """The samples, from what `conditions` gave; tick is called with every call of the network."""
     generator, seeds, (cond, uncond) = wanted.generator, wanted.seeds, given
-    network, shape = generator.network, generator.shape
-    mesh = make_sampling_mesh(generator.run, shape, min(wanted.batch, len(wanted.asked) * len(seeds)))
-    params = restore(network, generator.folder, generator.step, mesh)
-    F = counted(network.F, tick) if tick else network.F
-    sampler = make_sampler(generator.run, F, wanted.steps, wanted.guidance, uncond)
+    shape, batch = generator.shape, min(wanted.batch, len(wanted.asked) * len(seeds))
+    mesh, params, sampler = load_sampler(wanted, uncond, batch, tick)
     with jax.set_mesh(mesh):
         if "text" in cond:
             latents = draw(sampler, params, cond["text"], seeds, shape, wanted.batch)
         else:
-            keys = map(jax.random.key, seeds)
-            latents = np.stack([previews.draw(sampler, params, key, cond["label"], shape) for key in keys], axis=1)
+            keys, batch = map(jax.random.key, seeds), min(batch, len(wanted.asked))
+            latents = np.stack(
+                [previews.draw(sampler, params, key, cond["label"], shape, batch) for key in keys], axis=1
+            )
         jax.effects_barrier()  # the last tick
     return Samples(generator, wanted.asked, seeds, latents)
 
@@ -288,13 +347,19 @@ def sample(wanted: Request, given: tuple[dict, dict], tick: Callable[[], object]
 def draw(sampler: Callable, params, texts, seeds: Sequence[int], shape, batch: int) -> np.ndarray:
     """x0 [n, s, *shape] for the conditions "text" [n, l, d] and s seeds, `batch` at a time."""
     pairs = [(row, seed) for row in range(len(texts)) for seed in seeds]
-    parts, batch = [], min(batch, len(pairs))
-    for start in range(0, len(pairs), batch):
-        part = pairs[start : start + batch]
-        rows, ids = np.array((part + part[-1:] * batch)[:batch]).T  # every batch is as large: one compilation
-        x0 = sampler(params, jax.random.key(0), ids.astype(np.uint32), {"text": texts[rows]}, tuple(shape))
-        parts.append(np.asarray(x0)[: len(part)])
+    rows, ids, batch = *(list(column) for column in zip(*pairs, strict=True)), min(batch, len(pairs))
+    parts = [
+        draw_batch(sampler, params, texts[rows[start : start + batch]], ids[start : start + batch], shape, batch)
+        for start in range(0, len(pairs), batch)
+    ]
     return np.concatenate(parts).reshape(len(texts), len(seeds), *shape)
+
+
+def draw_batch(sampler: Callable, params, texts, seeds: Sequence[int], shape, batch: int) -> np.ndarray:
+    """x0 [n, *shape] for "text" [n, l, d] and n seeds, n at most `batch`: all batches are as large, for one program."""
+    rows = np.minimum(np.arange(batch), len(seeds) - 1)
+    ids = np.asarray(seeds, np.uint32)[rows]
+    return np.asarray(sampler(params, jax.random.key(0), ids, {"text": texts[rows]}, tuple(shape)))[: len(seeds)]
 
 
 class Samples(NamedTuple):
@@ -310,10 +375,14 @@ class Samples(NamedTuple):
         params = open_decoder(self.generator) if decoder is None else decoder
         return frames(self.generator.media, params, self.latents[row, column], tile)
 
-    def picture(self) -> np.ndarray:
+    def picture(self, tile: int | None = None) -> np.ndarray:
         """Samples of classes as one picture, uint8 [H, W, c], a row for every class where they are images."""
         flat, labels = self.latents.reshape(-1, *self.generator.shape), np.repeat(self.asked, len(self.seeds))
         columns = self.asked.count(self.asked[0]) * len(self.seeds)
+        if (media := self.generator.media) is not None:
+            decoder = open_decoder(self.generator)
+            images = [np.float32(frame) / 255 for x0 in flat for frame in frames(media, decoder, x0, tile)]
+            return grid(images, columns, separator=previews.GAP, background=1.0)
         return previews.picture(self.generator.dataset, flat, labels, columns, UPSCALE)
 
     def save(self, out, sheet=None, *, tile: int | None = None, tick=lambda: None) -> list:
@@ -323,10 +392,10 @@ class Samples(NamedTuple):
         after `out` if there are several: .mp4, .png for one frame, .safetensors for latents; sheet: a .png of them all.
         """
         out = as_path(out)
-        if self.generator.media is not None:
+        if not self.generator.of_classes:
             return _save_videos(self, out, sheet, tile, tick)
         if out.suffix == ".png":
-            save_png(out, self.picture())
+            save_png(out, self.picture(tile))
         else:
             _save_tensors(out, {"x0": self.latents, "label": np.asarray(self.asked, np.int32)})
         return [out]
@@ -343,16 +412,21 @@ def open_decoder(generator: Generator):
     return jax.device_put(convert.from_reference(convert.name_of(config), check_decoder(generator), config))
 
 
+def files_of(wanted: "Request | Samples", out) -> list:
+    """What `Samples.save` writes of a request: one file, or of several prompts and seeds each, named after `out`."""
+    out, prompts, seeds = as_path(out), range(len(wanted.asked)), wanted.seeds
+    if wanted.generator.of_classes or len(prompts) * len(seeds) == 1:
+        return [out]
+    return [out.with_stem(f"{out.stem}-{i:03d}-seed{seed}") for i in prompts for seed in seeds]
+
+
 def _save_videos(samples: Samples, out, sheet, tile, tick) -> list:
     """Every sample in its file, and the sheet: a row for every prompt."""
-    generator, seeds, paths = samples.generator, samples.seeds, []
+    generator, seeds, paths = samples.generator, samples.seeds, files_of(samples, out)
     only_latents = out.suffix == ".safetensors"
     decoder = None if only_latents and not sheet else open_decoder(generator)
     shown, places = [], (0, 0.5, 1) if generator.frames > 1 else (0,)
-    for i, j in np.ndindex(len(samples.asked), len(seeds)):
-        path = out
-        if len(samples.asked) * len(seeds) > 1:
-            path = out.with_stem(f"{out.stem}-{i:03d}-seed{seeds[j]}")
+    for path, (i, j) in zip(paths, np.ndindex(len(samples.asked), len(seeds)), strict=True):
         if only_latents:
             _save_tensors(path, {"x0": samples.latents[i, j]})
         if decoder is not None:
@@ -362,7 +436,6 @@ def _save_videos(samples: Samples, out, sheet, tile, tick) -> list:
                     pass
             else:
                 write(path, pixels, generator.media.fps)
-        paths.append(path)
         tick()
     if sheet:
         save_png(sheet, grid(np.array(shown, np.float32) / 255, len(seeds) * len(places)))

@@ -8,13 +8,11 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from rcm_jax.data.dataset import Dataset, batches, random_access
 from rcm_jax.parallel import distributed
-from rcm_jax.parallel.sharding import make_mesh
-from rcm_jax.run import pixels, previews, workdir
-from rcm_jax.run.experiment import RANDOM, Experiment
-from rcm_jax.run.program import Program, assemble, load_data
-from rcm_jax.train import checkpoint, trainer
+from rcm_jax.run import door, lock, previews, workdir
+from rcm_jax.run.experiment import RANDOM, Experiment, Pretraining
+from rcm_jax.run.program import Program
+from rcm_jax.train import checkpoint, rotation, trainer
 from rcm_jax.train.console import say
-from rcm_jax.train.metrics import wandb_library
 from rcm_jax.train.state import Teacher, TrainState
 from rcm_jax.train.trainer import Training
 from rcm_jax.util.files import absolute, as_path
@@ -38,25 +36,21 @@ class Trained(NamedTuple):
         return self.program.dataset
 
 
-def train(run: Experiment, folder, profile: tuple[int, int] | None = None, cache=None) -> Trained:
+def train(
+    run: Experiment, folder, profile: tuple[int, int] | None = None, cache=None, from_step: int | None = None
+) -> Trained:
     """Runs an experiment, or goes on with it, in a workdir.
 
     profile: two steps of the distillation, between which a trace is written to folder/profile. cache: a folder for
-    compiled programs, so that a run that goes on need not compile them again; None: as JAX is set.
+    compiled programs, so that a run that goes on need not compile them again; None: as JAX is set. from_step: the
+    checkpoint from which to go on, later ones being put aside; None: the newest.
 
     Raises ValueError or OSError, before anything is written, for a config that does not fit the data, the devices, the
-    teacher or the autoencoder; trainer.Interrupted if asked to stop.
+    teacher or the autoencoder, processes that were started otherwise, a workdir in which another run trains;
+    trainer.Interrupted if asked to stop; guard.Diverged if nothing is learned any more.
     """
     folder = as_path(folder)
-    if run.needs_teacher_network and not run.teacher and run.pretrain is None:
-        raise ValueError(
-            "teacher is empty, and this experiment has no pretraining: set config.teacher to the workdir of one "
-            "(scripts/convert_checkpoint.py makes it from published weights)"
-        )
-    if run.train.wandb or (run.pretrain and run.pretrain.train.wandb):
-        wandb_library()
-    program = assemble(run, make_mesh(run.mesh), load_data(run))
-    distributed.by_first(lambda: pixels.check(run.media, program.sample_shape))
+    program = door.check(run, folder, profile)
     teacher_folder = params = None
     if run.teacher == RANDOM:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, program.params)
@@ -65,33 +59,53 @@ def train(run: Experiment, folder, profile: tuple[int, int] | None = None, cache
         teacher_folder = as_path(run.teacher)
         step = workdir.check_teacher(run)
         params = checkpoint.restore_item(teacher_folder, "ema", program.params, step)
+        door.check_finite(params, teacher_folder)
     starts = read_starts(program) if checkpoint.is_empty(folder) else {}
-    trainer.check_trace(profile, 0, run.train.steps)
     workdir.claim(folder, run)
-    if cache is not None:
-        keep_programs(cache)
-    say(introduce(program))
-    if program.pretraining:
-        teacher_folder = folder / "teacher"
-        workdir.claim(teacher_folder, run.pretraining)
-        params = pretrain(program, program.pretraining, teacher_folder).ema
-    state, teacher = distil(program, params, folder, profile=profile, **starts)
+    with lock.held(folder):
+        if from_step is not None:
+            rotation.go_back(folder, from_step)
+        if cache is not None:
+            keep_programs(cache)
+        say(introduce(program, program.distillation))
+        if program.pretraining:
+            teacher_folder = folder / "teacher"
+            workdir.claim(teacher_folder, run.pretraining)
+            params = pretrain(program, program.pretraining, teacher_folder).ema
+            door.check_finite(params, teacher_folder)
+        state, teacher = distil(program, params, folder, profile=profile, **starts)
     return Trained(program, teacher, teacher_folder, folder, state)
 
 
-def introduce(program: Program) -> str:
+def train_teacher(run: Pretraining, folder, cache=None, from_step: int | None = None) -> TrainState:
+    """Makes a teacher, or goes on with it, in a workdir; returns its last state. Arguments and errors: as `train`."""
+    program = door.check(run, folder)
+    assert program.pretraining
+    workdir.claim(folder, run)
+    with lock.held(folder):
+        if from_step is not None:
+            rotation.go_back(folder, from_step)
+        if cache is not None:
+            keep_programs(cache)
+        say(introduce(program, program.pretraining))
+        return pretrain(program, program.pretraining, as_path(folder))
+
+
+def introduce(program: Program, training: Training) -> str:
     """What is about to run: the method, the network, the devices; the data and how long; what computes attention."""
     run, mesh = program.run, program.mesh
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.params))
     network = type(run.model).__name__.removesuffix("Config")
     devices = f"{mesh.size} × {mesh.devices.flat[0].device_kind}"
     axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    first = f"{run.pretrain.train.steps:,} of pretraining, then " if program.pretraining and run.pretrain else ""
+    first = program.pretraining if training is program.distillation else None
+    before = f"{first.config.steps:,} of pretraining, then " if first else ""
     examples = len(random_access(program.dataset.train))
     attention = f"\nattention: {program.network.attention}" if program.network.attention else ""
+    config = training.config
     return (
-        f"{run.rcm.name}: {network} of {count:,} parameters on {devices} (mesh {axes}), JAX {jax.__version__}\n"
-        f"{first}{run.train.steps:,} steps of {run.train.batch_size} samples {list(program.sample_shape)}; "
+        f"{training.label}: {network} of {count:,} parameters on {devices} (mesh {axes}), JAX {jax.__version__}\n"
+        f"{before}{config.steps:,} steps of {config.batch_size} samples {list(program.sample_shape)}; "
         f"{examples:,} examples{attention}"
     )
 
@@ -111,6 +125,7 @@ def read_starts(program: Program) -> dict:
             has_own = name == "fake_score" and isinstance(there, Experiment) and there.rcm.fake_score
             item = "fake_score" if has_own else "ema"
             starts[name], _ = checkpoint.restore_params(source, item, step, program.params)
+            door.check_finite(starts[name], source)
     return starts
 
 
@@ -125,7 +140,7 @@ def pretrain(program: Program, training: Training, folder) -> TrainState:
     run, dataset = program.run, program.dataset
     state = trainer.place(training, jax.random.key(run.seed), program.network.make_params)
     stream = _stream(training, dataset, run.seed)
-    caption = f"{run.sampling.teacher_steps}-step teacher (EMA), guidance {run.rcm.guidance:g}"
+    caption = f"{run.sampling.teacher_steps}-step teacher (EMA), guidance {run.teacher_guidance:g}"
     shown = previews.hook(program, program.teacher_sampler(F=program.network.F), folder, caption)
     return trainer.fit(training, state, program.teacher(None), stream, folder, shown)
 

@@ -37,8 +37,8 @@ def check(media: MediaConfig | None, shape) -> None:
         raise FileNotFoundError(f"{named}: no such file or folder")
     try:
         open_weights(media.vae, media.vae_path)
-        record_of(AUTOENCODERS, media.vae).check_latents(media.vae, (1, *shape))
-        if shape[0] > 1:
+        record_of(AUTOENCODERS, media.vae).check_latents(media.vae, (1, *with_frames(shape)))
+        if suffix(shape) == ".mp4":
             video.check_video()
     except ValueError as error:
         raise ValueError(f"{named}: {error}") from None
@@ -50,8 +50,15 @@ def read_decoder(media: MediaConfig) -> dict:
     return {"decoder": convert.from_reference(convert.name_of(media.vae), tensors, media.vae)["decoder"]}
 
 
+def with_frames(shape) -> tuple[int, ...]:
+    """[t, h, w, c] of the latents of a video, or [1, h, w, c] of those of an image, [h, w, c], as autoencoders want."""
+    return (1, *shape) if len(shape) == 3 else tuple(shape)
+
+
 def frames(media: MediaConfig, params, x0, tile: int | None = None) -> Iterator[np.ndarray]:
-    """The frames [h, w, 3] of latents x0 [t, h, w, c], in 0..255: one by one, or (tile: latents a side) in tiles."""
+    """The frames [h, w, 3] of latents x0 [t, h, w, c], or the one of [h, w, c], in 0..255: one by one, or (tile:
+    latents a side) in tiles."""
+    x0 = x0.reshape(with_frames(x0.shape))
     if tile is None:
         chunks = vae.decode_chunks(media.vae, params, x0[None])
     else:
@@ -71,12 +78,12 @@ def write(path: pathlib.Path, frames: Iterable[np.ndarray], fps: int) -> None:
 
 
 def suffix(shape) -> str:
-    """Of the file of samples of that shape [t, h, w, c]."""
-    return ".mp4" if shape[0] > 1 else ".png"
+    """Of the file of samples of that shape, [t, h, w, c] or [h, w, c]."""
+    return ".mp4" if with_frames(shape)[0] > 1 else ".png"
 
 
 def write_together(stem: pathlib.Path, media: MediaConfig, params: Mapping[str, Any], x0, caption: str):
-    """Writes latents x0 [n, t, h, w, c] side by side under a caption, as stem.mp4 or, of one frame, stem.png.
+    """Writes latents x0 [n, t, h, w, c] or [n, h, w, c] side by side under a caption: stem.mp4 or, of one frame, .png.
 
     Returns (path, picture): uint8 [H, W, 3] of that frame, or of some frames with a row for each sample. They are
     decoded one after another: the device holds one, the host the pixels of all.

@@ -23,15 +23,16 @@ from rcm_jax.train.metrics import Shown
 from rcm_jax.util.files import as_path
 
 BATCH = 400  # sampled at once
-EACH = 8  # samples of a class in a grid
+EACH, CLASSES = 8, 10  # in a grid: samples of a class; classes, at most
 POINTS = 2_000  # in a scatter
 WIDTH, GAP = 400, 3  # of a grid in a preview, about; of the paper between its images
 
 
-def draw(sampler, params, key, labels, shape) -> np.ndarray:
-    """Samples [n, *shape] for class labels [n], BATCH at a time; sample i depends on key, i and its label alone."""
+def draw(sampler, params, key, labels, shape, batch: int | None = None) -> np.ndarray:
+    """Samples [n, *shape] for class labels [n], so many at a time (None: BATCH); sample i depends on key, i and its
+    label alone."""
     labels = np.asarray(labels, np.int32)
-    size = min(BATCH, len(labels))
+    size = min(batch or BATCH, len(labels))
     padded = np.pad(labels, (0, -len(labels) % size))
     parts = [
         np.asarray(sampler(params, key, np.arange(i, i + size), {"label": padded[i : i + size]}, shape))
@@ -119,12 +120,13 @@ def hook(program: Program, sampler: Callable, folder, caption: str) -> Callable:
 
 
 def _of_classes(program: Program) -> Preview:
-    """Samples of every class: a row of images for each, or points in the plane."""
+    """Samples of classes: a row of images for each of CLASSES at most, or points in the plane of all."""
     dataset, classes = program.dataset, program.dataset.num_classes or 0
     in_grid = dataset.view == "grid"
-    labels = labels_by_class(dataset, EACH if in_grid else POINTS // classes)
+    shown = np.unique(np.linspace(0, classes - 1, min(classes, CLASSES)).astype(int)) if in_grid else range(classes)
+    labels = np.repeat(shown, EACH if in_grid else POINTS // classes)
     upscale = max(1, WIDTH // (EACH * dataset.sample_shape[1])) if in_grid else 1
-    names = [str(label) for label in range(classes)] if in_grid else []
+    names = [str(label) for label in shown] if in_grid else []
 
     def show(samples, stem, caption):
         drawn = captioned(picture(dataset, samples, labels, upscale=upscale), caption, names)

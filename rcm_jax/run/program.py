@@ -34,6 +34,7 @@ class Network(NamedTuple):
     init: Callable[[jax.Array], Any]
     F: Velocity
     attention: str = ""  # what computes it, in words; "" without
+    normalised: Callable | None = None  # of the network's record
 
     @property
     def boxed(self):
@@ -60,7 +61,8 @@ def make_network(config: Predictor, one: dict) -> Network:
     def net(params, x, time, cond):
         return module.apply({"params": params}, x, time, **cond)
 
-    return Network(init, denoiser.PARAMETRIZATIONS[config.parametrization](net, config.time_scale), attention)
+    F = denoiser.PARAMETRIZATIONS[config.parametrization](net, config.time_scale)
+    return Network(init, F, attention, network_of(model).normalised)
 
 
 def _attention(model, grid) -> str:
@@ -84,7 +86,7 @@ def load_data(run: Any) -> Dataset:
     config = run.data
     if isinstance(config, SyntheticConfig) and not config.conditions:
         known = {n: leaf.shape for n, leaf in network_of(run.model).conditions(run.model, config.shape).items()}
-        if (media := getattr(run, "media", None)) is not None:
+        if (media := getattr(run, "media", None)) is not None and media.text_encoder is not None:
             known["text"] = (media.text_length, media.text_width)
         classes = getattr(run.model, "num_classes", None)
         config = dataclasses.replace(config, conditions=tuple(known.items()), num_classes=classes)
@@ -123,11 +125,12 @@ class Program(NamedTuple):
 
     def student_sampler(self, steps: int | None = None) -> Callable:
         """Of so many steps, by default of the most that there are times for."""
-        return student_sampler(self.network.F, self.run.sampling, steps or len(self.run.sampling.mid_times))
+        sampling = self.run.sampling
+        return student_sampler(self.network.F, sampling, steps or len(sampling.mid_times), sampling.student_guidance)
 
     def teacher_sampler(self, steps: int | None = None, F: Velocity | None = None) -> Callable:
         """Of the teacher that F_T is, exact or a network, or of another F."""
-        uncond, guidance = self.dataset.uncond, self.run.rcm.guidance
+        uncond, guidance = self.dataset.uncond, self.run.teacher_guidance
         return teacher_sampler(F or self.teacher_F, uncond, guidance, self.run.sampling, steps)
 
     def sampler_inputs(self, batch: dict) -> tuple:
@@ -153,14 +156,15 @@ def _abstract(shape, dtype, sharding):
 
 def assemble(run: Experiment, mesh, dataset: Dataset) -> Program:
     """ValueError, before anything is allocated, where experiment, data and mesh do not fit each other."""
-    if (classes := getattr(run.model, "num_classes", None)) != dataset.num_classes:
+    classes = getattr(run.model, "num_classes", None)
+    if classes != dataset.num_classes and classes != 0:  # with 0 the network does not look at labels
         raise ValueError(f"config.model.num_classes is {classes}, but the data have {dataset.num_classes} classes")
     for shape in dataset.shapes:
         check_network(run.model, shape, mesh)
     network, key = make_network(run, dataset.first), jax.random.key(run.seed)
     boxed, pretraining = network.boxed, None
     if run.pretrain and not run.teacher:
-        method = diffusion_method(run.pretrain.method, network.F, run.pretrain.train.accumulate)
+        method = diffusion_method(run.pretrain.method, network.F, run.pretrain.train.accumulate, network.normalised)
         key_data = jax.random.fold_in(key, 1)
         pretraining = trainer.make_training("teacher", run.pretrain.train, mesh, method, boxed, key_data)
     teacher_F = network.F
@@ -170,14 +174,17 @@ def assemble(run: Experiment, mesh, dataset: Dataset) -> Program:
                 "config.exact_teacher is set, but the velocity of these data is not known: set it to False"
             )
         teacher_F = dataset.velocity
-    velocities = Velocities(network.F, denoiser.guided(teacher_F, run.rcm.guidance), network.F)
-    method = rcm_method(run.rcm, velocities, run.train.accumulate)
+    guidance = run.rcm.guidance if run.rcm.guidance_max is None else None
+    velocities = Velocities(network.F, denoiser.guided(teacher_F, guidance), network.F)
+    method = rcm_method(run.rcm, velocities, run.train.accumulate, network.normalised)
     distillation = trainer.make_training(run.rcm.name, run.train, mesh, method, boxed, jax.random.fold_in(key, 2))
     return Program(run, mesh, dataset, network, teacher_F, pretraining, distillation)
 
 
-def student_sampler(F: Velocity, sampling: SamplingConfig, steps: int) -> Callable:
+def student_sampler(F: Velocity, sampling: SamplingConfig, steps: int, guidance: float | None = None) -> Callable:
     """Jitted (params, key, sample_ids [b], cond, sample_shape) -> x0 [b, ...]: few-step sampling.
+
+    guidance: of a student that is given it, as a condition.
 
     Step k draws its noise with fold_in(key, k), per sample: k = 0 is the noise that teacher_sampler starts from.
     """
@@ -186,6 +193,8 @@ def student_sampler(F: Velocity, sampling: SamplingConfig, steps: int) -> Callab
     times = samplers.student_times(sampling.sigma_max, sampling.mid_times[steps - 1])
 
     def sample(params, key, ids, cond, shape):
+        if guidance is not None:
+            cond = cond | {"guidance": jnp.full(ids.shape, guidance, jnp.float32)}
         noise = jnp.stack([samplers.unit_noise(jax.random.fold_in(key, k), ids, shape) for k in range(steps)])
         return samplers.few_step(F, params, noise, times, cond)
 
@@ -195,8 +204,7 @@ def student_sampler(F: Velocity, sampling: SamplingConfig, steps: int) -> Callab
 def teacher_sampler(F: Velocity, uncond, guidance: float, sampling: SamplingConfig, steps: int | None = None):
     """Jitted (params, key, sample_ids [b], cond, sample_shape) -> x0 [b, ...]: the guided PF-ODE, solved."""
     guided, solver = denoiser.guided(F, guidance), samplers.SOLVERS[sampling.teacher_solver]
-    sigma_max = sampling.teacher_sigma_max or sampling.sigma_max
-    times = samplers.ode_times(steps or sampling.teacher_steps, sigma_max, sampling.teacher_shift)
+    times = sampling.teacher_times(steps)
 
     def sample(params, key, ids, cond, shape):
         noise = samplers.unit_noise(jax.random.fold_in(key, 0), ids, shape)

@@ -15,11 +15,11 @@ from rcm_jax.util.files import as_path, check_new_folder, emptied_on_failure, em
 # What may change between a run and its continuation. (More pretraining steps would be another teacher.)
 COMPUTED = ("mesh.data", "mesh.fsdp", "mesh.seq", "model.attention", "model.remat")  # the same numbers, otherwise
 SHOWN = ("sampling.", "media.")  # groups: how samples are drawn, not what is learned
-HABITS = ("log_every", "checkpoint_every", "sample_every", "keep", "offload", "asynchronous")
-HABITS += ("wandb", "wandb_project", "wandb_name")
+HABITS = ("log_every", "checkpoint_every", "sample_every", "snapshot_every", "keep", "offload", "asynchronous")
+HABITS += ("keep_every", "wandb", "wandb_project", "wandb_name", "hang_after")
 RESCUED = ("most_skips", "leave_out")  # what may save a run that diverges, and so may its
-PACE = ("learning_rate", "warmup_steps", "decay_steps", "final_scale")
-LEARNERS = ("rcm.student", "rcm.fake_score", "rcm.weighting", "pretrain.method.optimizer")
+PACE = ("learning_rate", "warmup_steps", "decay_steps", "final_scale", "decay_after")
+LEARNERS = ("rcm.student", "rcm.fake_score", "rcm.weighting", "pretrain.method.optimizer", "pretrain.method.weighting")
 MOVED_DATA = ("data.path",)  # that they are the same is the user's word
 MAY_CHANGE = (
     *COMPUTED,
@@ -50,8 +50,22 @@ def claim(folder, config: Predictor) -> None:
     distributed.by_first(lambda: _claim(as_path(folder), config))
 
 
+def check(folder, config: Predictor) -> None:
+    """ValueError where `claim` would raise it, also for the teacher that is pretrained there; nothing is written."""
+    folder = as_path(folder)
+    distributed.by_first(lambda: _is_new(folder, config))
+    if isinstance(config, Experiment) and config.pretrain and not config.teacher:
+        distributed.by_first(lambda: _is_new(folder / "teacher", config.pretraining))
+
+
 def _claim(folder, config: Predictor) -> None:
     """As one process."""
+    if _is_new(folder, config):
+        write_text(folder / "config.json", as_json(config))
+
+
+def _is_new(folder, config: Predictor) -> bool:
+    """Whether a workdir has not this very config yet; ValueError if it is another's."""
     path = folder / "config.json"
     if path.exists():
         there = read(folder)
@@ -60,11 +74,10 @@ def _claim(folder, config: Predictor) -> None:
             more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
             shown = "; ".join(differing[:5])
             raise ValueError(f"workdir {folder} belongs to another config: {shown}{more}. Choose another --workdir.")
-        if there == config:
-            return
-    elif not empty(folder):
+        return there != config
+    if not empty(folder):
         raise ValueError(f"workdir {folder} is not empty and has no config.json: choose a new or empty --workdir")
-    write_text(path, as_json(config))
+    return True
 
 
 def read(folder) -> Predictor:
@@ -148,15 +161,15 @@ def check_start(folder, run: Experiment) -> int:
     return 0
 
 
-def write_converted(folder, config: Predictor, params) -> None:
-    """A new workdir of parameters [numpy arrays] that were not trained here; it is whole or not there."""
+def write_converted(folder, config: Predictor, params, step: int = 0) -> None:
+    """A new workdir of parameters [numpy arrays] that no training saved; it is whole or not there."""
     folder = as_path(folder)
     if stored(folder):  # straight to the store: the arrays of a folder here would be copied once more
         check_new_folder(folder)
         with emptied_on_failure(folder):
-            checkpoint.write_params(folder, params)
+            checkpoint.write_params(folder, params, step)
             write_text(folder / "config.json", as_json(config))
         return
     with new_folder(folder) as temporary:
-        checkpoint.write_params(temporary, params)
+        checkpoint.write_params(temporary, params, step)
         write_text(temporary / "config.json", as_json(config))

@@ -53,19 +53,19 @@ def test_a_free_axis_takes_the_devices_that_are_left():
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("sizes", "message"),
     [
-        (MeshConfig(3, 1, 1), "data=3 .* 8 devices"),
-        (MeshConfig(-1, 3, 1), "fsdp=3 .* 8 devices"),
-        (MeshConfig(-1, -1, 1), "at most one may be -1"),
-        (MeshConfig(0, 1, 1), "must be positive"),
-        (MeshConfig(-2, 1, 1), "must be positive"),
-        (MeshConfig(-1, 16, 1), "fsdp=16 .* 8 devices"),
+        ((3, 1, 1), "data=3 .* 8 devices"),
+        ((-1, 3, 1), "fsdp=3 .* 8 devices"),
+        ((-1, -1, 1), "at most one of them may be -1"),
+        ((0, 1, 1), "data is 0: it must be -1"),
+        ((1, 1, -2), "seq is -2: it must be -1"),
+        ((-1, 16, 1), "fsdp=16 .* 8 devices"),
     ],
 )
-def test_sizes_that_do_not_fill_the_devices_are_refused_with_their_numbers(config, message):
+def test_sizes_that_do_not_fill_the_devices_are_refused_with_their_numbers(sizes, message):
     with pytest.raises(ValueError, match=message):
-        make_mesh(config)
+        make_mesh(MeshConfig(*sizes))
 
 
 @pytest.mark.smoke

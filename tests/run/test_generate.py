@@ -7,16 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import cosmos_0_6b, cosmos_2b, digits, wan_1_3b
+from configs import cosmos_0_6b, cosmos_2b, digits, imagenet512, wan_1_3b
 from rcm_jax import convert
 from rcm_jax.convert.files import write_tensors
+from rcm_jax.data import LatentsConfig
 from rcm_jax.method import samplers
-from rcm_jax.models import wan_vae
-from rcm_jax.run import generate
+from rcm_jax.models import sd_vae, wan_vae
+from rcm_jax.run import generate, workdir
 from rcm_jax.util.config import revise
 from tests import tiny, wan
 
 WAN, COSMOS = wan_1_3b.tiny(wan_1_3b.EXPERIMENT), cosmos_2b.tiny(cosmos_2b.EXPERIMENT)
+
+
+def student(run, dataset=None):
+    return generate.Generator("", None, False, run, dataset, {})
 
 
 @pytest.mark.smoke
@@ -67,7 +72,7 @@ def test_a_sample_depends_on_its_prompt_and_seed_alone_and_every_step_is_counted
     F = generate.counted(
         wan.velocity(dataclasses.replace(run.model, dtype="float32", remat="none")), lambda: ticks.append(1)
     )
-    sampler = generate.make_sampler(run, F, 2, None, None)
+    sampler = generate.make_sampler(student(run), F, 2, None, None)
     texts, params = np.random.default_rng(0).normal(size=(3, 6, 8)).astype(np.float32), wan.random_params()
     together = generate.draw(sampler, params, texts, [5, 6], shape, batch=4)
     jax.effects_barrier()
@@ -93,3 +98,50 @@ def test_devices_share_the_samples_and_what_is_left_the_tokens():
         return tuple(generate.make_sampling_mesh(WAN, WAN.data.shape, batch).shape.values())
 
     assert (shape(1), shape(4), shape(8), shape(6)) == ((4, 1, 2), (1, 4, 2), (1, 8, 1), (2, 2, 2))
+
+
+def test_guidance_is_asked_of_a_student_that_has_learned_a_range(monkeypatch):
+    monkeypatch.setattr(generate.checkpoint, "params_of", lambda *_: None)
+    plain, taught = digits.EXPERIMENT, imagenet512.tiny(imagenet512.EXPERIMENT)  # 1 to 2, samples with 1.4
+
+    def asked(run, of_teacher=False, **options):
+        generator = dataclasses.replace(student(run, generate.zeros(run, (8, 8, 4))), of_teacher=of_teacher)
+        return generate.request(generator, [3], **options).guidance
+
+    assert asked(plain) is None and asked(plain, True) == plain.rcm.guidance and asked(plain, True, guidance=9) == 9
+    assert asked(taught) == 1.4 and asked(taught, guidance=1.9) == 1.9
+    with pytest.raises(ValueError, match=r"guidance 2\.1 is not one that this student has learned: 1 to 2"):
+        asked(taught, guidance=2.1)
+    with pytest.raises(ValueError, match="--guidance is for teachers: this student was distilled with guidance"):
+        asked(plain, guidance=1.5)
+    with pytest.raises(ValueError, match="--negative_prompt is for teachers"):
+        asked(taught, negative_prompt="")
+
+
+def test_a_teacher_of_latents_with_classes_knows_its_pixels_or_its_config_does(tmp_path):
+    media = {"vae": sd_vae.PUBLISHED["sd-vae-ft-mse"], "text_encoder": None}
+    run = revise(digits.EXPERIMENT, {"data": LatentsConfig(shape=(64, 64, 4)), "media": revise(WAN.media, media)})
+    workdir.claim(tmp_path / "knows", run.pretraining)
+    knows = generate.load(tmp_path / "knows", vae="vae")
+    assert knows.of_classes and knows.media == run.media and knows.shape == (64, 64, 4)
+    workdir.claim(tmp_path / "teacher", revise(run, {"media": None}).pretraining)
+    plain = generate.load(tmp_path / "teacher")
+    assert plain.of_classes and plain.media is None and plain.dataset.uncond == {"label": 10} and plain.frames == 1
+    with pytest.raises(ValueError, match="of weights around it none"):
+        generate.load(tmp_path / "teacher", vae="vae")
+    shown = generate.load(tmp_path / "teacher", config=run, vae="vae")
+    assert shown.of_classes and shown.media == run.media and shown.shape == (64, 64, 4) and shown.frames == 1
+    with pytest.raises(ValueError, match="of weights around it vae"):
+        generate.load(tmp_path / "teacher", config=run, tokenizer="here")
+
+
+def test_a_student_is_given_the_guidance_as_a_condition():
+    seen = []
+
+    def F(params, x, t, cond):
+        seen.append(cond)
+        return x * cond["guidance"][:, None]
+
+    sampler = generate.make_sampler(student(digits.EXPERIMENT), F, 1, 1.5, None)
+    x0 = sampler({}, jax.random.key(0), np.arange(3, dtype=np.uint32), {"label": np.zeros(3, np.int32)}, (2,))
+    assert x0.shape == (3, 2) and seen[0].keys() == {"label", "guidance"} and seen[0]["guidance"].shape == (3,)

@@ -9,6 +9,7 @@ import pytest
 from configs import digits, methods, mixture, wan_1_3b
 from rcm_jax.evaluate import mixture_report
 from rcm_jax.run import pipeline
+from rcm_jax.run.program import assemble
 from rcm_jax.train import checkpoint
 from rcm_jax.train.metrics import read_metrics
 from rcm_jax.util.config import revise
@@ -112,7 +113,7 @@ def test_a_teacher_and_data_are_asked_for_when_they_are_opened(tmp_path):
 def test_a_student_and_a_fake_score_start_from_other_runs_and_a_resumed_run_asks_no_more(trained, tmp_path):
     teacher = str(trained.teacher_folder)
     staged = revise(run("", teacher), {"start": str(trained.folder), "fake_start": str(trained.folder)})
-    program = pipeline.assemble(staged, pipeline.make_mesh(staged.mesh), trained.dataset)
+    program = assemble(staged, trained.program.mesh, trained.dataset)
     starts = pipeline.read_starts(program)
     tiny.assert_trees_equal(starts["student"], trained.state.ema)
     tiny.assert_trees_equal(starts["fake_score"], trained.state.fake_score.params)

@@ -250,6 +250,12 @@ def of_classes(dataset, samples, tmp_path):
     return shown.pictures["samples"]
 
 
+def test_of_a_thousand_classes_ten_are_drawn_the_first_and_the_last_among_them():
+    dataset = dataclasses.replace(data.load(DigitsConfig()), num_classes=1000)
+    asked = previews._of_classes(Program(None, None, dataset, None, None, None, None)).asked
+    assert asked.n == 80 and sorted(set(asked.cond["label"].tolist()))[::9] == [0, 999]
+
+
 def test_digits_are_ink_on_paper_a_row_for_each_class_under_a_caption(tmp_path):
     dataset = data.load(DigitsConfig())
     x0, label = dataset.train["x0"], dataset.train["cond"]["label"]

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from configs import digits, methods, mixture, wan_1_3b
+from configs import cifar10, digits, methods, mixture, wan_1_3b
 from rcm_jax.parallel import distributed
 from rcm_jax.run import workdir
 from rcm_jax.run.experiment import Predictor
@@ -96,7 +96,11 @@ def test_media_may_come_later(tmp_path):
 
 
 def test_every_key_that_may_change_is_one_that_there_is():
-    known = {key.removeprefix("config.") for run in (RUN, ADAPTIVE, WAN) for key in flatten(to_mapping(run))}
+    known = {
+        key.removeprefix("config.")
+        for run in (RUN, ADAPTIVE, WAN, cifar10.EXPERIMENT)
+        for key in flatten(to_mapping(run))
+    }
     for listed in (*workdir.MAY_CHANGE, *workdir.SHARED_WITH_TEACHER, *workdir.NOT_SHARED):
         assert any(key == listed or (listed[-1] == "." and key.startswith(listed)) for key in known), listed
 
