@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test smoke lint bench mutants docs clean
+.PHONY: demo test smoke lint bench mutants drill docs clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python scripts/train.py --config=configs/digits.py --workdir=runs/digits
@@ -21,6 +21,9 @@ lint: $(VENV)/installed-dev
 
 mutants: $(VENV)/installed-dev
 	$(BIN)/python tests/mutants.py $(ONLY)
+
+drill: $(VENV)/installed-dev
+	$(BIN)/python tests/drill.py "$(ONLY)" $(or $(KILLS),30)
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m kernels.bench

@@ -82,10 +82,28 @@ def media_flags() -> tuple[flags.FlagHolder, flags.FlagHolder, flags.FlagHolder]
     """--text_encoder, --tokenizer and --vae: the published files around a network."""
     encoder = "Published weights of umT5 (Wan) or T5 (Cosmos), any layout."
     tokenizer = "The folder of its tokenizer.json, or a repository of the hub."
-    vae = "Published weights of the Wan2.1 autoencoder, any layout."
+    vae = "Published weights of the autoencoder, any layout."
     texts = {"text_encoder": encoder, "tokenizer": tokenizer, "vae": vae}
     first, second, third = (flags.DEFINE_string(name, None, text) for name, text in texts.items())
     return first, second, third
+
+
+def cluster_flags() -> tuple[flags.FlagHolder, ...]:
+    """--distributed, --coordinator, --processes and --process."""
+    return (
+        flags.DEFINE_bool("distributed", False, "One of several processes, as the environment says."),
+        flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, reachable by all; PORT is free there."),
+        flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1),
+        flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0),
+    )
+
+
+def join_cluster(cluster: tuple[flags.FlagHolder, ...], **options) -> None:
+    """Joins the other processes if one of `cluster_flags` is given."""
+    from rcm_jax.parallel import distributed
+
+    if any(flag.value if flag.name == "distributed" else flag.present for flag in cluster):
+        distributed.initialize(*(flag.value for flag in cluster[1:]), **options)
 
 
 def found_config(argument: str) -> str:
@@ -98,13 +116,15 @@ def found_config(argument: str) -> str:
     return argument
 
 
-def experiment(flag: flags.FlagHolder):
-    """The Experiment of --config with the overrides of the command line; ValueError that names a bad key.
+def experiment(flag: flags.FlagHolder, teachers: bool = False):
+    """The Experiment (teachers: or the Pretraining) of --config with the overrides of the command line; ValueError that
+    names a bad key.
 
-    A group whose kind is changed keeps nothing of what the other kind had, but that synthetic data keep their shape.
+    A group whose kind is changed keeps nothing of what the other kind had, but that synthetic data keep their shape and
+    optimizers, which have the same keys, all.
     """
-    from rcm_jax.run.experiment import Experiment  # after the script has set what JAX reads when it is imported
-    from rcm_jax.util.config import build
+    from rcm_jax.run.experiment import Experiment, from_mapping  # after the script has set what JAX reads at import
+    from rcm_jax.train.optimizer import OPTIMIZERS
 
     values = flag.value.to_dict()
     changed = config_flags.get_override_values(flags.FLAGS[flag.name])
@@ -112,12 +132,22 @@ def experiment(flag: flags.FlagHolder):
         if path.endswith(".kind"):
             groups = path.split(".")[:-1]
             group = functools.reduce(dict.__getitem__, groups, values)
+            if group["kind"] in OPTIMIZERS:
+                continue
             kept = {"shape"} if groups == ["data"] and group["kind"] == "synthetic" else set()
             for key in set(group) - kept:
                 place = ".".join([*groups, key])
                 if not any(other == place or other.startswith(f"{place}.") for other in changed):
                     del group[key]
-    return build(Experiment, values)
+    run = from_mapping(values)
+    if not teachers and not isinstance(run, Experiment):
+        raise ValueError("this config makes a teacher alone, which scripts/train.py does; here it takes a distillation")
+    return run
+
+
+def overwrite_flag() -> flags.FlagHolder:
+    """--overwrite, without which a result that is there is not written over."""
+    return flags.DEFINE_bool("overwrite", False, "Write over results that are there.")
 
 
 def as_size(name: str, text: str | None) -> tuple[int, int] | None:

@@ -10,13 +10,16 @@ from absl import flags
 from rcm_jax.evaluate import curves
 from rcm_jax.media.picture import save_figure
 from rcm_jax.train.metrics import read_metrics
+from rcm_jax.util.files import check_writable
 
 RUN = flags.DEFINE_multi_string("run", None, "NAME=WORKDIR; may be given several times.", required=True)
 OUT = flags.DEFINE_string("out", None, "A PNG file.", required=True)
+OVERWRITE = common.overwrite_flag()
 
 
 def main():
     """Draws the metrics of the runs."""
+    check_writable(OUT.value, OVERWRITE.value)
     runs = {}
     for run in RUN.value:
         name, _, folder = run.partition("=")

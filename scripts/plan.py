@@ -38,6 +38,7 @@ from absl import flags  # noqa: E402
 
 from rcm_jax.plan import remedy, report, sweep, topologies  # noqa: E402
 from rcm_jax.plan.program import prepare  # noqa: E402
+from rcm_jax.util.files import check_writable  # noqa: E402
 
 CONFIG = common.config_flag()
 TOPOLOGY = flags.DEFINE_multi_string(
@@ -45,6 +46,7 @@ TOPOLOGY = flags.DEFINE_multi_string(
 )
 PER_CHIP = flags.DEFINE_integer("batch_per_chip", None, "With a batch of so many for each chip.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "A PNG file: the table of several topologies, drawn.")
+OVERWRITE = common.overwrite_flag()
 SWEEP = flags.DEFINE_bool("sweep", False, "Try all meshes and remat policies that divide, and rank them.")
 REMAT = flags.DEFINE_multi_enum("remat", sweep.REMATS, sweep.REMATS, "The remat policies of --sweep.")
 LEVEL = flags.DEFINE_enum(
@@ -63,6 +65,8 @@ def main():
     several = len(TOPOLOGY.value) > 1
     if OUT.value and not (several and OUT.value.endswith(".png")):
         raise ValueError("--out draws a table: give --topology several times, and a name that ends in .png")
+    if OUT.value:
+        check_writable(OUT.value, OVERWRITE.value)
     if (PER_CHIP.value and not several) or (SWEEP.value and several):
         raise ValueError("--batch_per_chip is for several topologies, --sweep for one")
     run = common.experiment(CONFIG)

@@ -21,9 +21,10 @@ from rcm_jax.evaluate.precision import KINDS, PUBLISHED, draw, mean_square, stud
 from rcm_jax.evaluate.table import format_table
 from rcm_jax.media.picture import save_figure
 from rcm_jax.util.extras import require
-from rcm_jax.util.files import write_text
+from rcm_jax.util.files import check_writable, write_text
 
 OUT = flags.DEFINE_string("out", None, "The picture, a .png.", required=True)
+OVERWRITE = common.overwrite_flag()
 JSON = flags.DEFINE_string("json", None, "Also write all numbers there.")
 MODEL = flags.DEFINE_enum("model", "wan-1.3b", list(PUBLISHED), "Sizes of the network.")
 LAYERS = flags.DEFINE_integer("layers", None, "Blocks; all of the model's if not given.")
@@ -45,6 +46,8 @@ def main():
     require("matplotlib", "demo", "the picture")
     if not OUT.value.endswith(".png"):
         raise ValueError(f"--out {OUT.value} must end in .png")
+    for path in filter(None, (OUT.value, JSON.value)):
+        check_writable(path, OVERWRITE.value)
     if len(GRID.value) != 3 or not all(size.isdecimal() for size in GRID.value):
         raise ValueError(f"--grid={','.join(GRID.value)} must be frames, rows and columns, e.g. 2,8,8")
     settings: dict = {"grid": tuple(map(int, GRID.value))} | {flag.name: flag.value for flag in NUMBERS}

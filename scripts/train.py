@@ -2,6 +2,7 @@
 
 Pretrains a teacher in DIR/teacher if config.teacher names none, distils it into DIR, and writes DIR/report/ (videos of
 latents need config.media.vae_path). Started again on the same DIR it goes on from the newest checkpoint.
+A config of a teacher alone, as cifar10.py:teacher, makes one in DIR.
 With --recipe=staged it trains by several methods, each from the student of the one before, in DIR/1_dcm, DIR/2_scm,
 DIR/3_rcm.
 
@@ -11,6 +12,7 @@ is who, else with --coordinator=HOST:PORT --processes=N --process=I. DIR must be
 
 import common  # noqa: I001  (puts the checkout on the path)
 import re
+import sys
 import time
 
 import jax
@@ -18,22 +20,23 @@ from absl import flags
 
 from configs import methods
 from rcm_jax.parallel import distributed
-from rcm_jax.run import pipeline
+from rcm_jax.run import door, pipeline
+from rcm_jax.run.experiment import Experiment
 from rcm_jax.train import trainer
-from rcm_jax.util.config import revise
+from rcm_jax.train.guard import Diverged
 from rcm_jax.util.files import as_path, cache_folder, stored
 
 CONFIG = common.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics, samples and the report go.")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, as the environment says.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, reachable by all; PORT is free there.")
-PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
-PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
+CLUSTER = common.cluster_flags()
 HEARTBEAT = flags.DEFINE_integer(
     "heartbeat", distributed.HEARTBEAT, "Seconds of silence after which a process counts as dead.", lower_bound=1
 )
 RECIPE = flags.DEFINE_string("recipe", None, "Several methods, one after another: a name in configs/methods.RECIPES.")
 PROFILE = flags.DEFINE_string("profile", None, "START:END, steps of the distillation: a trace goes to DIR/profile.")
+FROM_STEP = flags.DEFINE_integer(
+    "from_step", None, "Go on from the checkpoint of this step; later ones are put aside, not deleted.", lower_bound=0
+)
 CACHE = flags.DEFINE_string(
     "cache", None, "Folder of compiled programs; none if empty. By default DIR/cache, or one here for a DIR in a store."
 )
@@ -43,37 +46,44 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main():
     """Trains, and writes the reports."""
     started = time.time()
-    if DISTRIBUTED.value or any(flag.present for flag in (COORDINATOR, PROCESSES, PROCESS)):
-        distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
+    common.join_cluster(CLUSTER, heartbeat=HEARTBEAT.value)
     say = print if distributed.first() else lambda *_: None
     try:
-        for stage, trained in train_all(say):
+        run = common.experiment(CONFIG, teachers=True)
+        if not isinstance(run, Experiment):
+            if RECIPE.value or PROFILE.value:
+                raise ValueError("--recipe and --profile are of a distillation, and this config makes a teacher alone")
+            pipeline.train_teacher(run, WORKDIR.value, read_cache(), FROM_STEP.value)
+            say(f"trained in {(time.time() - started) / 60:.1f} min: {WORKDIR.value}")
+            return
+        for stage, trained in train_all(run, say):
             say(f"{stage}trained in {(time.time() - started) / 60:.1f} min: {trained.folder}")
             report(trained, started, say)
     except trainer.Interrupted as stop:
         say(stop)
         raise SystemExit(130) from None  # not finished, as a shell says it
+    except Diverged as stop:
+        print(f"error: {stop}", file=sys.stderr)
+        raise SystemExit(3) from None
     except jax.errors.JaxRuntimeError as error:
         if distributed.several():
             distributed.leave(error)
         raise
 
 
-def train_all(say):
+def train_all(run: Experiment, say):
     """Yields (what to call it, what came of it) of the run or, one after another, of the stages of a recipe."""
-    run = common.experiment(CONFIG)
     if not RECIPE.value:
-        yield "", pipeline.train(run, WORKDIR.value, read_profile(), read_cache())
+        yield "", pipeline.train(run, WORKDIR.value, read_profile(), read_cache(), FROM_STEP.value)
         return
-    if PROFILE.value:
-        raise ValueError("--profile is for one training: leave --recipe out, or --profile")
-    folder, start, teacher = as_path(WORKDIR.value), run.start, run.teacher
-    for name, stage in methods.stages(run, RECIPE.value).items():
-        say(f"{name}: {stage.rcm.name}, {stage.train.steps} iterations")
-        run = revise(stage, {"start": start, "teacher": teacher})
-        trained = pipeline.train(run, folder / name, cache=read_cache())
-        yield f"{name}: ", trained
-        start, teacher = str(trained.folder), str(trained.teacher_folder or "")
+    if PROFILE.value or FROM_STEP.value is not None:
+        raise ValueError("--profile and --from_step are for one training: leave --recipe out, or these")
+    stages = methods.chain(run, RECIPE.value, as_path(WORKDIR.value))
+    for folder, stage in stages.items():  # the last may be refused, too, before the first begins
+        door.check(stage, folder)
+    for folder, stage in stages.items():
+        say(f"{folder.name}: {stage.rcm.name}, {stage.train.steps} iterations")
+        yield f"{folder.name}: ", pipeline.train(stage, folder, cache=read_cache())
 
 
 def read_profile() -> tuple[int, int] | None:

@@ -3,7 +3,6 @@
 What is added here is known at once to configs, flags, training, previews, reports and sampling.
 """
 
-import dataclasses
 import itertools
 import json
 
@@ -31,6 +30,7 @@ from rcm_jax.run import pipeline
 from rcm_jax.run.experiment import from_mapping
 from rcm_jax.train.metrics import read_metrics
 from rcm_jax.util.config import revise
+from rcm_jax.util.ranges import Count, Positive, Width, config
 from tests import tiny
 
 fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compilation)
@@ -38,12 +38,12 @@ fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compil
 # --- an objective: its settings, its equation, its draws
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class MatchConfig(Objective):
     """The student's velocity is pulled to the guided teacher's: plain distillation of the guidance."""
 
     time: trigflow.TimeDistribution = trigflow.one_of_times(trigflow.LogNormal(0.0, 1.6))
-    scale: float = 1.0
+    scale: Positive = 1.0
 
     label = "match"
 
@@ -59,12 +59,12 @@ class MatchConfig(Objective):
 # --- a network: its config, its module, its record
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class LinearConfig:
     """One layer on points, time and label: hardly a network."""
 
-    num_classes: int
-    features: int = 2
+    num_classes: Width
+    features: Width = 2
 
 
 class Linear(nn.Module):
@@ -87,11 +87,11 @@ LINEAR = Network(
 # --- a data set: its config, how it is loaded and shown
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class RingsConfig:
     """Two rings in the plane, one class each."""
 
-    examples: int = 512
+    examples: Count = 512
 
 
 def load_rings(config: RingsConfig) -> Dataset:
@@ -108,7 +108,7 @@ def load_rings(config: RingsConfig) -> Dataset:
 # --- a sampler, and a metric
 
 
-def heun(F: denoiser.Velocity, params, noise, times, cond):
+def trapezoid(F: denoiser.Velocity, params, noise, times, cond):
     """Heun's method on the PF-ODE, second order."""
     x = noise
     for t, u in itertools.pairwise(times):
@@ -130,7 +130,7 @@ def extended(monkeypatch):
     monkeypatch.setitem(CONSISTENCY, "match", MatchConfig)
     monkeypatch.setitem(NETWORKS, "linear", LINEAR)
     monkeypatch.setitem(DATASETS, "rings", Source(RingsConfig, load_rings))
-    monkeypatch.setitem(samplers.SOLVERS, "heun", heun)
+    monkeypatch.setitem(samplers.SOLVERS, "trapezoid", trapezoid)
     monkeypatch.setitem(points.DISTANCES, "gap", gap)
     monkeypatch.setitem(
         methods.METHODS, "match", lambda run: revise(methods.scm(run), {"rcm.consistency": MatchConfig()})
@@ -145,7 +145,7 @@ def experiment():
             "model": LinearConfig(num_classes=2),
             "data": RingsConfig(),
             "exact_teacher": False,
-            "sampling.teacher_solver": "heun",
+            "sampling.teacher_solver": "trapezoid",
             "sampling.teacher_steps": 3,
             "rcm.warmup": 0,
             "pretrain.train": revise(mixture.EXPERIMENT.pretrain.train, loop),

@@ -69,6 +69,21 @@ def close(actual, expected, tolerance):
             np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * max(np.abs(e).max(), 1))
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "live", "mask"))  # op by op, compiling takes longer than running
+def oracle(primals, directions, g, scale, live=(True, True, True), mask=None):
+    """(o, lse), ȯ or None, and the gradients along live tangents."""
+    o, lse = reference.forward(*primals, scale, mask=mask)
+    moving = [x if alive else None for x, alive in zip(directions, live, strict=True)]
+    do = reference.tangent(*primals, o, lse, *moving, scale, mask) if any(live) else None
+    return (o, lse), do, reference.backward(*primals, o, lse, g, live, scale, mask)
+
+
+def exactly(primals, directions, g, scale, **options):
+    """`oracle` in float64."""
+    with jax.enable_x64(True):
+        return oracle(*jax.tree.map(exact, (tuple(primals), tuple(directions), g)), scale, **options)
+
+
 @functools.cache
 def arrays(shape, dtype="float32"):
     """(q, k, v), (dq, dk, dv), g"""
@@ -86,14 +101,7 @@ def scale_of(shape) -> float:
 @functools.cache
 def expected(shape, dtype, live=(True, True, True)):
     """(o, lse), ȯ or None, and the gradients along live tangents."""
-    scale = scale_of(shape)
-    primals, directions, g = arrays(shape, dtype)
-    with jax.enable_x64(True):
-        q, k, v, g = map(exact, (*primals, g))
-        o, lse = reference.forward(q, k, v, scale)
-        moving = [exact(x) if alive else None for x, alive in zip(directions, live, strict=True)]
-        do = reference.tangent(q, k, v, o, lse, *moving, scale) if any(live) else None
-        return (o, lse), do, reference.backward(q, k, v, o, lse, g, live, scale)
+    return exactly(*arrays(shape, dtype), scale_of(shape), live=live)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
@@ -131,10 +139,7 @@ def test_what_all_values_share_cancels_in_the_derivatives(dtype, live):
         forward_tangent(q, k, v, *directions, SCALE)[2],
         *backward(*residuals, g, live, SCALE),
     )
-    with jax.enable_x64(True):
-        residuals = (*map(exact, (q, k, v)), *reference.forward(*map(exact, (q, k, v)), SCALE))
-        do = reference.tangent(*residuals, *map(exact, directions), SCALE)
-        gradients = reference.backward(*residuals, exact(g), live, SCALE)
+    _, do, gradients = exactly((q, k, v), (dq, dk, dv), g, SCALE, live=live)
     close(results, (do, do, *gradients), 2e-2 if dtype == "bfloat16" else 2e-3)
 
 
@@ -265,11 +270,7 @@ def masked_results(mask, primals, directions, g, run=interpreted.run):
 def test_masks(case, dtype):
     mask = MASKED[case][0]
     primals, directions, g = masked_arrays(case, dtype)
-    with jax.enable_x64(True):
-        args = [exact(x) for x in primals]
-        o, lse = reference.forward(*args, SCALE, mask=mask)
-        do = reference.tangent(*args, o, lse, *map(exact, directions), SCALE, mask)
-        gradients = reference.backward(*args, o, lse, exact(g), (True,) * 3, SCALE, mask)
+    (o, lse), do, gradients = exactly(primals, directions, g, SCALE, mask=mask)
     close(masked_results(mask, primals, directions, g), (o, lse, do, *gradients, o, do), TOLERANCE[dtype])
 
 

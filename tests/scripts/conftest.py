@@ -17,10 +17,14 @@ TINY = [
     "--config=digits.py",
     "--config.pretrain.train.steps=4",
     "--config.pretrain.train.batch_size=8",
+    "--config.pretrain.train.checkpoint_every=2",
+    "--config.pretrain.train.snapshot_every=2",
     "--config.train.steps=6",
     "--config.train.batch_size=8",
     "--config.train.log_every=1",
     "--config.train.checkpoint_every=2",
+    "--config.train.snapshot_every=2",
+    "--config.rcm.ema_tracks=(0.1,)",
     "--config.train.sample_every=3",
     "--config.rcm.warmup=2",
     "--config.rcm.dmd.update_freq=2",
@@ -36,10 +40,11 @@ sys.path.insert(0, "scripts")
 
 def run(small, *argv):
     if small == "small":
-        from rcm_jax.evaluate import classifier, distillation
+        from rcm_jax.evaluate import classifier, distillation, mixture_report
         from rcm_jax.run import previews
         assert distillation.SAMPLES and previews.BATCH and classifier.train_classifier.__kwdefaults__["steps"]
-        distillation.SAMPLES = previews.BATCH = 200
+        assert mixture_report.SAMPLES
+        distillation.SAMPLES = mixture_report.SAMPLES = previews.BATCH = 200
         classifier.train_classifier.__kwdefaults__["steps"] = 20
     sys.argv = list(argv)
     runpy.run_path(argv[0], run_name="__main__")

@@ -1,5 +1,6 @@
 """What a user can get wrong ends in one line on stderr and leaves every file as it was."""
 
+import ast
 import functools
 
 import pytest
@@ -14,7 +15,7 @@ VALUES = to_mapping(digits.EXPERIMENT)
 for override in TINY[1:]:
     key, number = override.removeprefix("--config.").split("=")
     *groups, name = key.split(".")
-    functools.reduce(dict.__getitem__, groups, VALUES)[name] = int(number)
+    functools.reduce(dict.__getitem__, groups, VALUES)[name] = ast.literal_eval(number)
 RUN = from_mapping(VALUES)
 
 
@@ -31,6 +32,8 @@ RUN = from_mapping(VALUES)
         (["--config.model.patch=3"], ["patch 1×3×3", "1×8×8"]),
         (["--config.model.dtype=float33"], ["config.model", "float33"]),
         (["--config.model.num_classes=5"], ["num_classes", "5", "10"]),
+        (["--config.seed=-1"], ["config.seed is -1: it must be from 0 to 2,147,483,646"]),
+        (["--config.sampling.sigma_max=nan"], ["config.sampling.sigma_max is nan: it must be from 1e-9"]),
         (["--config.mesh.fsdp=3"], ["fsdp=3", "1 devices"]),
         (["--config.teacher=/nowhere/at/all"], ["/nowhere/at/all", "config.json"]),
         (["--config=configs/digits.py:scn"], ["variant 'scn' is none of rcm,", "scm_adaptive"]),
@@ -123,3 +126,11 @@ def test_sampling_from_nothing_is_refused_in_one_line(run_script, tmp_path, flag
     before = snapshot(tmp_path)
     assert_refused(run_script("sample", *(flag.format(there=tmp_path / "there") for flag in flags)), *words)
     assert snapshot(tmp_path) == before
+
+
+def test_the_last_stage_of_a_recipe_is_refused_before_the_first_begins(run_script, tmp_path):
+    (tmp_path / "3_rcm").mkdir()
+    (tmp_path / "3_rcm/thesis.txt").write_text("mine")
+    process = run_script("train", f"--workdir={tmp_path}", "--recipe=staged", *TINY)
+    assert_refused(process, "3_rcm", "not empty")
+    assert snapshot(tmp_path) == {"3_rcm/thesis.txt": b"mine"}

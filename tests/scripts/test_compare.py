@@ -1,25 +1,13 @@
 """The comparison of methods, with two of them, hardly trained."""
 
 import json
-import os
-import subprocess
-import sys
 
 import imageio.v3 as iio
 import pytest
 
 from tests.page import content_of
-from tests.scripts.conftest import ROOT, assert_refused
+from tests.scripts.conftest import assert_refused
 
-SHRINK = """
-import sys
-sys.path.insert(0, "scripts")
-import compare
-from rcm_jax.evaluate import mixture_report
-assert mixture_report.SAMPLES
-mixture_report.SAMPLES = 200
-compare.common.run(compare.main)
-"""
 STAGES = ("1_dcm", "2_scm", "3_rcm")
 RUNS = "dcm,staged,rcm_0.001"
 TINY = [
@@ -45,11 +33,9 @@ def test_a_run_that_is_none_is_named(run_script, tmp_path):
     assert_refused(run_script("compare", "--runs=scm,rcm", f"--workdir={tmp_path / 'new'}"), "--runs=rcm is none of")
 
 
-def test_methods_are_compared_from_one_start(tmp_path):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    process = subprocess.run(
-        [sys.executable, "-c", SHRINK, f"--workdir={tmp_path / 'run'}", "--seeds=3", f"--runs={RUNS}", *TINY],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
+def test_methods_are_compared_from_one_start(run_script, tmp_path):
+    process = run_script(
+        "compare", f"--workdir={tmp_path / 'run'}", "--seeds=3", f"--runs={RUNS}", *TINY, small=True
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     folder = tmp_path / "run"

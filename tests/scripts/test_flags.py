@@ -29,10 +29,15 @@ def test_kinds_of_groups_keys_that_are_none_and_groups_left_out_can_be_set():
         "--config.sampling.teacher_sigma_max=40",
         "--config.sampling.mid_times=((),(0.8,))",
         "--config.rcm.weighting.learning_rate=0.01",
+        "--config.rcm.student.kind=radam",
+        "--config.rcm.ema_half_life=500000",
+        "--config.rcm.ema_tracks=(0.1,)",
     )
     assert "consistency=DcmConfig(steps=48, skip=2, shift=5.0, scale=100.0)" in run  # nothing of sCM's is left
     assert "teacher_sigma_max=40.0" in run and "mid_times=((), (0.8,))" in run
     assert "weighting=OptimizerConfig(learning_rate=0.01" in run and "seed=0" in run
+    assert "student=OptimizerConfig(learning_rate=0.0004," in run and "kind='radam'" in run  # all else is kept
+    assert "ema_half_life=500000" in run and "ema_tracks=(0.1,)" in run
 
 
 def test_a_group_can_be_left_out_and_configs_are_found_by_their_names():

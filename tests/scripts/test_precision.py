@@ -50,7 +50,7 @@ def test_picture_table_and_record(tmp_path):
     ("flag", "message"),
     [
         ("--out=p.pdf", "--out p.pdf must end in .png"),
-        ("--layers=0", "num_layers must be at least 1, got 0"),
+        ("--layers=0", "num_layers is 0: it must be"),
         ("--layers=two", "flag --layers=two"),
         ("--model=wan-i2v-14b", "flag --model=wan-i2v-14b: value should be one of <wan-1.3b|"),
         ("--grid=8,8", "--grid=8,8 must be frames, rows and columns, e.g. 2,8,8"),

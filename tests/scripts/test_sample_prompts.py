@@ -1,6 +1,7 @@
 """From prompts to files that a player opens, with tiny random weights in the layouts of published files."""
 
 import base64
+import json
 
 import av
 import imageio.v3 as imageio
@@ -200,3 +201,27 @@ def test_missing_weights_are_named_and_converted_weights_need_a_mode(run_script,
         run_script("sample", converted, "--mode=teacher", other, *out), "model_channels is 24 there, 2048 here"
     )
     assert snapshot(tmp_path) == {}
+
+
+def test_a_suite_goes_on_where_it_was_ended_with_the_same_samples(run_script, published, tmp_path):
+    prompts = ["a cat", "a cat sits", "a cat"]
+    (tmp_path / "info.json").write_text(json.dumps([{"prompt_en": p, "dimension": ["color"]} for p in prompts]))
+    flags = [*wan_flags(published), f"--suite={tmp_path / 'info.json'}", f"--out={tmp_path / 'out'}", "--steps=2"]
+    assert_refused(run_script("sample", *flags, "--prompt=a"), "--suite has its own prompts and files: no --prompt")
+    process = run_script("sample", *flags, "--seeds=3,4", "--batch=3", devices=2)
+    assert process.returncode == 0, process.stderr
+    assert "4 samples for 2 prompts, 0 there before" in process.stdout
+    samples = tmp_path / "out" / "samples"
+    first = snapshot(samples)
+    assert set(first) == {f"{prompt}-{i}.mp4" for prompt in prompts for i in (0, 1)}
+
+    (samples / "a cat-1.mp4").unlink()
+    (samples / ".a cat-1.mp4.0123abcd").write_text("as one leaves it that is killed")
+    process = run_script("sample", *flags, "--seeds=3,4", "--batch=3", devices=2)
+    assert process.returncode == 0 and "3 there before" in process.stdout, process.stderr
+    again = snapshot(samples)
+    assert set(again) == set(first) and all(again[n] == first[n] for n in first if n != "a cat-1.mp4")
+    (tmp_path / "first.mp4").write_bytes(first["a cat-1.mp4"])
+    drift = np.abs(video(samples / "a cat-1.mp4").astype(float) - video(tmp_path / "first.mp4"))
+    assert np.mean(drift) < 0.5
+    assert_refused(run_script("sample", *flags, "--seeds=3"), "holds samples of something else: seeds: [3, 4] there")
