@@ -27,12 +27,12 @@ from rcm_jax.run import workdir  # noqa: E402
 from rcm_jax.train import checkpoint  # noqa: E402
 from rcm_jax.train.metrics import read_metrics  # noqa: E402
 
-STEPS, HALF = 1200, 600
+STEPS, HALF, LOGGED = 1200, 600, 60
 SAME, CLOSE = "same bits", 1e-2  # with sums in another order, after so many steps
 FLAGS = [
     "--config=mixture.py", "--config.data.examples=512", "--config.sampling.report_samples=50",
     "--config.pretrain.train.steps=20", "--config.pretrain.train.sample_every=20", "--config.rcm.warmup=100",
-    "--config.train.batch_size=64", "--config.train.log_every=60", "--config.train.checkpoint_every=60",
+    "--config.train.batch_size=64", f"--config.train.log_every={LOGGED}", "--config.train.checkpoint_every=60",
     "--config.train.sample_every=600", "--config.train.keep=3", "--config.rcm.student.decay_steps=2000",
 ]  # fmt: skip
 # Runs a script after something in it was changed.
@@ -107,7 +107,8 @@ class Drill:
 
     def difference(self, run) -> float:
         """The largest difference of a parameter to the calm run's; inf if other lines were logged."""
-        logged = [[row["step"] for row in read_metrics(folder)] for folder in (run, self.calm)]
+        # A run that is stopped logs once more there.
+        logged = [[row["step"] for row in read_metrics(at) if row["step"] % LOGGED == 0] for at in (run, self.calm)]
         if logged[0] != logged[1]:
             return float("inf")
         most = 0.0
@@ -116,6 +117,10 @@ class Drill:
             gaps = jax.tree.map(lambda a, b: float(np.max(np.abs(np.asarray(a) - np.asarray(b)))), *trees)
             most = max(most, *jax.tree.leaves(gaps))
         return most
+
+    def reached(self, run) -> int:
+        """The last step that a run has logged."""
+        return max((row["step"] for row in read_metrics(run)), default=0)
 
     def same(self, run) -> str:
         """What `difference` says, in words."""
@@ -149,20 +154,20 @@ def killed(drill: Drill, run) -> Outcome:
 def stopped(drill: Drill, run) -> Outcome:
     """SIGTERM, five times."""
     statuses = []
-    for _ in range(5):
+    for i in range(5):
         process = drill.start(run)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(drill.random.uniform(0.4, 0.8) * drill.seconds)
+        while process.poll() is None and drill.reached(run) < (i + drill.random.uniform(0.2, 0.8)) * STEPS / 6:
+            time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         statuses.append(process.wait())
     last, same = drill.train(run), drill.same(run)
-    return {*statuses, last} <= {0, 130} and same == SAME, f"statuses {statuses}, then {last}: {same}"
+    return (set(statuses), last, same) == ({130}, 0, SAME), f"statuses {statuses}, then {last}: {same}"
 
 
 def disk_full(drill: Drill, run) -> Outcome:
     """A disk that is full in the middle, and then has room."""
     run.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(run)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(run)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         return True, "not done: it takes root, who may mount a small disk"
     try:
