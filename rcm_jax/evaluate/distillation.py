@@ -75,10 +75,8 @@ def _samplers(trained) -> dict:
     if trained.teacher_folder:
         for k in (sampling.teacher_steps, FEW_STEPS):
             samplers[f"teacher {k}"] = program.teacher_sampler(k), trained.teacher.params
-    for k in STUDENT_STEPS:
-        if k <= len(sampling.mid_times):
-            samplers[f"student {k}"] = program.student_sampler(k), trained.state.ema
-    return samplers
+    students = program.student_samplers(STUDENT_STEPS).items()
+    return samplers | {f"student {k}": (sampler, trained.state.ema) for k, sampler in students}
 
 
 def _by_class(images, labels, num_classes: int) -> np.ndarray:

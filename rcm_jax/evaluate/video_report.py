@@ -13,7 +13,7 @@ from rcm_jax.evaluate.report import data_name, in_steps, write_record
 from rcm_jax.evaluate.table import Rows, format_table
 from rcm_jax.parallel import distributed
 from rcm_jax.run import latents, pixels
-from rcm_jax.run.previews import Asked, draw_on_mesh
+from rcm_jax.run.previews import asked_of, draw_on_mesh
 from rcm_jax.util.config import to_mapping
 
 STEPS = (1, 2, 4)  # of the student
@@ -33,7 +33,7 @@ def write_video_report(trained) -> str:
     """
     run, dataset = trained.run, trained.dataset
     examples, key = latents.fixed(dataset, run.train.leave_out), jax.random.fold_in(jax.random.key(run.seed), 3)
-    asked = Asked(len(examples["x0"]), examples["cond"], dataset.sample_shape)
+    asked = asked_of(run, examples, dataset.sample_shape)
     samples = {
         name: draw_on_mesh(trained.program.mesh, sampler, params, key, asked)
         for name, (sampler, params) in _samplers(trained).items()
@@ -75,10 +75,8 @@ def _samplers(trained) -> dict:
     sampling = program.run.sampling
     if trained.teacher.params is not None:
         samplers[f"teacher, {in_steps(sampling.teacher_steps)}"] = program.teacher_sampler(), trained.teacher.params
-    for k in STEPS:
-        if k <= len(sampling.mid_times):
-            samplers[f"student, {in_steps(k)}"] = program.student_sampler(k), trained.state.ema
-    return samplers
+    students = program.student_samplers(STEPS).items()
+    return samplers | {f"student, {in_steps(k)}": (sampler, trained.state.ema) for k, sampler in students}
 
 
 def _rows(x0, samples: dict) -> Rows:

@@ -7,6 +7,8 @@ import numpy as np
 from rcm_jax.method import denoiser, trigflow
 from rcm_jax.method.trigflow import Array, Batch
 
+START = "start"  # a condition that no network has: x0 from which a network for less noise goes on
+
 
 def unit_noise(key, sample_ids, shape) -> Batch:
     """Unit noise [len(sample_ids), *shape], one key per sample: the same for any batch size or device count."""
@@ -22,6 +24,28 @@ def student_times(sigma_max: float, mid_times) -> np.ndarray:
             f"few-step times must fall from arctan(sigma_max) = {times[0]:.4f} and stay above 0, got {times.tolist()}"
         )
     return times
+
+
+def within(times, noise_range: tuple[float, float]) -> np.ndarray:
+    """Of the times [k] at which a sampler calls a network, those in its range of noise, for which tau >= the lower end
+    and < the upper one. ValueError if there are none."""
+    times = np.asarray(times)
+    if noise_range == trigflow.WHOLE:
+        return times
+    low, high = (trigflow.time_of(tau) if tau < 1 else np.inf for tau in noise_range)
+    inside = times[(times >= low) & (times < high)]
+    if not inside.size:
+        raise ValueError(f"no time of {np.round(times, 4).tolist()} is in the range of noise {list(noise_range)}")
+    return inside
+
+
+def started(noise: Batch, time, cond: dict) -> tuple[Batch, dict]:
+    """(what a sampler starts from, the conditions of its network): noise or, with the condition START, data x0 [b, ...]
+    noised to a time."""
+    if START not in cond:
+        return noise, cond
+    rest = {name: value for name, value in cond.items() if name != START}
+    return trigflow.diffuse(cond[START], noise, jnp.full(noise.shape[:1], time)), rest
 
 
 def few_step(F: denoiser.Velocity, params, noise: Array, times, cond) -> Batch:

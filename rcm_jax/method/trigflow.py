@@ -5,6 +5,7 @@ Sources: sCM (arXiv 2410.11081, section 3), rCM (arXiv 2510.08431, section 3). A
 """
 
 import dataclasses
+import math
 from typing import Annotated
 
 import jax
@@ -16,6 +17,7 @@ from rcm_jax.util.ranges import Shift, between, config
 Array = jax.Array
 Batch = Float[Array, "b ..."]  # samples, noise, velocities
 Times = Float[Array, " b"]  # or any other number for each sample
+WHOLE = (0.0, 1.0)  # a range of noise: all rectified-flow times
 
 
 def expand(t: Array, x: Array) -> Array:
@@ -52,6 +54,11 @@ def rectified_flow_time(t: Array) -> Array:
     return jnp.sin(t) / (jnp.cos(t) + jnp.sin(t))
 
 
+def time_of(tau: float) -> float:
+    """The time t of a rectified-flow time tau in [0, 1]: the inverse of `rectified_flow_time`, of numbers."""
+    return math.atan2(tau, 1 - tau)
+
+
 def to_rectified_flow(x: Batch, t: Times) -> tuple[Batch, Times]:
     """(3) (x_rf, tau) of equal signal-to-noise ratio: x_rf = x/(c+s), tau = s/(c+s)."""
     return x / expand(jnp.cos(t) + jnp.sin(t), x), rectified_flow_time(t)
@@ -78,9 +85,20 @@ class LogNormal:
     mean: Annotated[float, between(-20, 20)]
     std: Annotated[float, between(1e-3, 20)]
 
-    def sample(self, key, shape) -> Array:
-        """Times in (0, pi/2), float32, of the given shape."""
-        return self.from_normal(jax.random.normal(key, shape))
+    def sample(self, key, shape, within: tuple[float, float] = WHOLE) -> Array:
+        """Times in (0, pi/2), float32, of the given shape; within: cut to that range of noise."""
+        if within == WHOLE:
+            return self.from_normal(jax.random.normal(key, shape))
+        return self.from_normal(jax.random.truncated_normal(key, *self._normals(within), shape))
+
+    def share(self, within: tuple[float, float]) -> float:
+        """Of the times, those in a range of noise."""
+        low, high = (math.erfc(-z / math.sqrt(2)) / 2 for z in self._normals(within))
+        return high - low
+
+    def _normals(self, within) -> list[float]:
+        levels = (tau / (1 - tau) if tau < 1 else math.inf for tau in within)
+        return [((math.log(level) if level else -math.inf) - self.mean) / self.std for level in levels]
 
     def from_normal(self, z) -> Array:
         """Times at the standard normals z."""
@@ -93,9 +111,19 @@ class ShiftedUniform:
 
     shift: Shift
 
-    def sample(self, key, shape) -> Array:
-        """Times in [0, pi/2), float32, of the given shape."""
-        return self.from_uniform(jax.random.uniform(key, shape))
+    def sample(self, key, shape, within: tuple[float, float] = WHOLE) -> Array:
+        """Times in [0, pi/2), float32, of the given shape; within: cut to that range of noise."""
+        low, high = self.uniforms(within)
+        return self.from_uniform(jax.random.uniform(key, shape, minval=low, maxval=high))
+
+    def share(self, within: tuple[float, float]) -> float:
+        """Of the times, those in a range of noise."""
+        low, high = self.uniforms(within)
+        return high - low
+
+    def uniforms(self, within: tuple[float, float]) -> list[float]:
+        """The uniforms of the ends of a range of noise."""
+        return [tau / (self.shift - (self.shift - 1) * tau) for tau in within]
 
     def from_uniform(self, u) -> Array:
         """Times at the uniforms u in [0, 1]; u = 1 gives exactly pi/2 (no 1/(1−u))."""

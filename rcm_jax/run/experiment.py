@@ -70,6 +70,12 @@ class SamplingConfig:
             raise ValueError("data_shift is of the shifted grid, and teacher_rho takes EDM's: set one of them to None")
         self.teacher_times()
 
+    def student_times(self, steps: int):
+        """[steps] decreasing times of a student; ValueError if there are none for so many."""
+        if not 1 <= steps <= len(self.mid_times):
+            raise ValueError(f"{steps} steps asked for, but sampling.mid_times covers 1 to {len(self.mid_times)}")
+        return samplers.student_times(self.sigma_max, self.mid_times[steps - 1])
+
     def teacher_times(self, steps: int | None = None):
         """[steps + 1] decreasing times of a teacher's ODE, of teacher_steps by default."""
         sigma_max, steps = self.teacher_sigma_max or self.sigma_max, steps or self.teacher_steps
@@ -162,6 +168,11 @@ class Experiment(Pretraining):
         return self.rcm.needs_teacher and not self.exact_teacher
 
     @property
+    def noise_range(self) -> tuple[float, float]:
+        """Rectified-flow times for which the networks are."""
+        return self.rcm.noise_range  # pyright: ignore[reportReturnType]
+
+    @property
     def teacher_guidance(self) -> float:
         """Of the teacher's samples."""
         return self.rcm.guidance if self.rcm.guidance_max is None else self.sampling.student_guidance or 1.0
@@ -176,6 +187,7 @@ class Experiment(Pretraining):
         if self.fake_start and not self.rcm.fake_score:
             raise ValueError(f"fake_start is {self.fake_start}, but rcm.fake_score is None: set it to ''")
         self._check_guidance()
+        self._check_times()
         self._check_phases()
         updates = student_updates(self.rcm, self.train.steps)
         _check_decay("rcm.student", self.rcm.student, f"train.steps {self.train.steps}", updates)
@@ -184,6 +196,12 @@ class Experiment(Pretraining):
         super()._check_optional()
         if self.rcm.dropout and "dropout" not in network_of(self.model).optional:
             raise ValueError(f"rcm.dropout {self.rcm.dropout}: this network has none, set it to 0")
+
+    def _check_times(self):
+        """ValueError where no time of the samplers is in rcm.noise_range."""
+        sampling, within = self.sampling, self.noise_range
+        for times in (sampling.student_times(len(sampling.mid_times)), sampling.teacher_times()[:-1]):
+            samplers.within(times, within)
 
     def _check_guidance(self):
         """ValueError unless a student is given its guidance both when it is trained and when it samples, or never."""

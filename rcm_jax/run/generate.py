@@ -19,6 +19,7 @@ from rcm_jax.data import LatentsConfig
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.media import text, video
 from rcm_jax.media.picture import grid, save_png
+from rcm_jax.method import denoiser
 from rcm_jax.method.denoiser import Velocity
 from rcm_jax.models import AUTOENCODERS, check_network, network_of
 from rcm_jax.models.records import record_of
@@ -293,7 +294,8 @@ def restore(network: Network, folder, step: int | None, mesh):
 def make_sampler(generator: Generator, F: Velocity, steps: int, guidance: float | None, uncond) -> Callable:
     """Its teacher_sampler or student_sampler; uncond: what a teacher's guidance replaces, without a batch axis."""
     if generator.of_teacher:
-        return teacher_sampler(F, uncond, 1.0 if guidance is None else guidance, generator.run.sampling, steps)
+        guided = denoiser.guided(F, 1.0 if guidance is None else guidance)
+        return teacher_sampler(guided, uncond, generator.run.sampling, steps)
     return student_sampler(F, generator.run.sampling, steps, guidance)
 
 

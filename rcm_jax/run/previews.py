@@ -14,6 +14,7 @@ from absl import logging
 
 from rcm_jax.data.dataset import Dataset, random_access
 from rcm_jax.media.picture import SIZE, captioned, grid, save_png, scatter, strokes
+from rcm_jax.method import samplers
 from rcm_jax.parallel import distributed
 from rcm_jax.parallel.sharding import batch_shards, replicated
 from rcm_jax.run import latents, pixels
@@ -48,6 +49,12 @@ class Asked(NamedTuple):
     cond: dict
     shape: tuple[int, ...]
     at_once: int = 1  # or more, as many as the mesh needs
+
+
+def asked_of(run, examples: dict, shape) -> Asked:
+    """Samples for the conditions of examples of latents; of a network for less noise, from the noised examples."""
+    start = {samplers.START: examples["x0"]} if run.noise_range[1] < 1 else {}
+    return Asked(len(examples["x0"]), examples["cond"] | start, shape)
 
 
 def draw_on_mesh(mesh, sampler, params, key, asked: Asked) -> np.ndarray:
@@ -140,7 +147,7 @@ def _of_latents(program: Program) -> Preview:
     """Samples for a few examples of the data: their statistics and, with an autoencoder, their pixels side by side."""
     dataset, run, shape = program.dataset, program.run, program.dataset.sample_shape
     media, examples = run.media, latents.fixed(dataset, run.train.leave_out)
-    asked = Asked(len(examples["x0"]), examples["cond"], shape)
+    asked = asked_of(run, examples, shape)
     of_data = {f"preview/{name}_of_data": value for name, value in latents.statistics(examples["x0"]).items()}
     decoder: Any = None
     if media is not None and media.vae_path:

@@ -3,6 +3,7 @@
 Nothing is allocated here. What the data are is asked of a Dataset: the real one, or one of zeros in its shapes.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from rcm_jax import data
 from rcm_jax.data import SyntheticConfig
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.kernels.choice import in_words, settle  # pyright: ignore[reportMissingImports]
-from rcm_jax.method import denoiser, samplers
+from rcm_jax.method import denoiser, samplers, trigflow
 from rcm_jax.method.denoiser import Velocities, Velocity
 from rcm_jax.models import check_network, example, network_of, token_grid
 from rcm_jax.parallel.sharding import batch_sharding, replicated
@@ -125,13 +126,23 @@ class Program(NamedTuple):
 
     def student_sampler(self, steps: int | None = None) -> Callable:
         """Of so many steps, by default of the most that there are times for."""
-        sampling = self.run.sampling
-        return student_sampler(self.network.F, sampling, steps or len(sampling.mid_times), sampling.student_guidance)
+        sampling, within = self.run.sampling, self.run.noise_range
+        steps = steps or len(sampling.mid_times)
+        return student_sampler(self.network.F, sampling, steps, sampling.student_guidance, within)
+
+    def student_samplers(self, steps) -> dict[int, Callable]:
+        """{k: student_sampler(k)} of those numbers of steps for which there are times, in its range of noise."""
+        sampling, found = self.run.sampling, {}
+        for k in steps:
+            with contextlib.suppress(ValueError):
+                samplers.within(sampling.student_times(k), self.run.noise_range)
+                found[k] = self.student_sampler(k)
+        return found
 
     def teacher_sampler(self, steps: int | None = None, F: Velocity | None = None) -> Callable:
         """Of the teacher that F_T is, exact or a network, or of another F."""
-        uncond, guidance = self.dataset.uncond, self.run.teacher_guidance
-        return teacher_sampler(F or self.teacher_F, uncond, guidance, self.run.sampling, steps)
+        F, within = denoiser.guided(F or self.teacher_F, self.run.teacher_guidance), self.run.noise_range
+        return teacher_sampler(F, self.dataset.uncond, self.run.sampling, steps, within)
 
     def sampler_inputs(self, batch: dict) -> tuple:
         """Abstract arguments of a sampler, for the conditions of an abstract batch."""
@@ -141,7 +152,7 @@ class Program(NamedTuple):
             self.params,
             _abstract(key.shape, key.dtype, replicated(self.mesh)),
             ids,
-            batch["cond"],
+            batch["cond"] | ({samplers.START: batch["x0"]} if self.run.noise_range[1] < 1 else {}),
             self.sample_shape,
         )
 
@@ -181,33 +192,42 @@ def assemble(run: Experiment, mesh, dataset: Dataset) -> Program:
     return Program(run, mesh, dataset, network, teacher_F, pretraining, distillation)
 
 
-def student_sampler(F: Velocity, sampling: SamplingConfig, steps: int, guidance: float | None = None) -> Callable:
+def student_sampler(
+    F: Velocity, sampling: SamplingConfig, steps: int, guidance: float | None = None, within=trigflow.WHOLE
+) -> Callable:
     """Jitted (params, key, sample_ids [b], cond, sample_shape) -> x0 [b, ...]: few-step sampling.
 
-    guidance: of a student that is given it, as a condition.
+    guidance: of a student that is given it, as a condition. within: of a network for a part of the noise, its range:
+    those of the steps that are in it. If that is not the noisiest part, cond has START, data to be noised.
 
     Step k draws its noise with fold_in(key, k), per sample: k = 0 is the noise that teacher_sampler starts from.
     """
-    if not 1 <= steps <= len(sampling.mid_times):
-        raise ValueError(f"{steps} steps asked for, but sampling.mid_times covers 1 to {len(sampling.mid_times)}")
-    times = samplers.student_times(sampling.sigma_max, sampling.mid_times[steps - 1])
+    times = samplers.within(sampling.student_times(steps), within)
 
     def sample(params, key, ids, cond, shape):
         if guidance is not None:
             cond = cond | {"guidance": jnp.full(ids.shape, guidance, jnp.float32)}
-        noise = jnp.stack([samplers.unit_noise(jax.random.fold_in(key, k), ids, shape) for k in range(steps)])
-        return samplers.few_step(F, params, noise, times, cond)
+        noise = jnp.stack([samplers.unit_noise(jax.random.fold_in(key, k), ids, shape) for k in range(len(times))])
+        start, cond = samplers.started(noise[0], times[0], cond)
+        return samplers.few_step(F, params, noise.at[0].set(start), times, cond)
 
     return jax.jit(sample, static_argnums=4)
 
 
-def teacher_sampler(F: Velocity, uncond, guidance: float, sampling: SamplingConfig, steps: int | None = None):
-    """Jitted (params, key, sample_ids [b], cond, sample_shape) -> x0 [b, ...]: the guided PF-ODE, solved."""
-    guided, solver = denoiser.guided(F, guidance), samplers.SOLVERS[sampling.teacher_solver]
+def teacher_sampler(
+    guided: Velocity, uncond, sampling: SamplingConfig, steps: int | None = None, within=trigflow.WHOLE
+) -> Callable:
+    """Jitted (params, key, sample_ids [b], cond, sample_shape) -> x0 [b, ...]: the PF-ODE of a guided F, solved.
+
+    within: as in `student_sampler`; where the range ends above 0, one step leads from there to x0.
+    """
+    solver = samplers.SOLVERS[sampling.teacher_solver]
     times = sampling.teacher_times(steps)
+    times = np.append(samplers.within(times[:-1], within), times[-1])
 
     def sample(params, key, ids, cond, shape):
         noise = samplers.unit_noise(jax.random.fold_in(key, 0), ids, shape)
-        return solver(guided, params, noise, times, (cond, uncond))
+        start, cond = samplers.started(noise, times[0], cond)
+        return solver(guided, params, start, times, (cond, uncond))
 
     return jax.jit(sample, static_argnums=4)

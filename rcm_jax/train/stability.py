@@ -1,5 +1,7 @@
 """What to watch while a consistency model trains: see docs/stability.md for what a healthy run looks like."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -9,7 +11,7 @@ from rcm_jax.method.objectives.scm import ScmConfig, jvp_derivative
 
 BUCKETS = 4  # of equal width in t, from 0 to pi/2
 WATCHED = ("tangent_norm", "residual", "nonfinite")
-PROBED = (0.2, 0.6, 1.0, 1.4)  # times
+PROBED = (0.2, 0.6, 1.0, 1.4)  # times, of a narrower range of noise moved into it
 STEP = 2e-4  # of the central difference: Wan's time features turn by up to 1000 radians per unit of t
 
 
@@ -45,5 +47,9 @@ def probe(config: ScmConfig, given: Given) -> dict:
         difference = jnp.cos(time) * jnp.sin(time) * (later - earlier) / (2 * jnp.sin(STEP))
         return jnp.sqrt(jnp.sum(sum_squares(dF - difference)) / jnp.sum(sum_squares(dF)))
 
-    errors = jax.lax.map(error, jnp.array(PROBED))  # one after another: one body, one batch in memory
-    return {f"probe/jvp_error/t={time}": errors[i] for i, time in enumerate(PROBED)}
+    times = PROBED
+    if given.within != trigflow.WHOLE:
+        low, high = map(trigflow.time_of, given.within)
+        times = tuple(round(low + (high - low) * time / (math.pi / 2), 3) for time in PROBED)
+    errors = jax.lax.map(error, jnp.array(times))  # one after another: one body, one batch in memory
+    return {f"probe/jvp_error/t={time}": errors[i] for i, time in enumerate(times)}

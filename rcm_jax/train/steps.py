@@ -32,7 +32,7 @@ from rcm_jax.train import stability
 from rcm_jax.train.averages import Averaged
 from rcm_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from rcm_jax.train.state import Learner, Teacher, TrainState, finite_groups, make_learner
-from rcm_jax.util.ranges import Guidance, Natural, Share, config
+from rcm_jax.util.ranges import Guidance, Natural, Probability, Share, config
 
 
 class Method(NamedTuple):
@@ -75,6 +75,8 @@ class RcmConfig(Averaged):
     consistency: Objective | None = dataclasses.field(default=ScmConfig(), metadata={"kinds": CONSISTENCY})
     dmd: Matching | None = dataclasses.field(default=DmdConfig(), metadata={"kinds": MATCHING})
     warmup: Natural = 0  # H: iterations of consistency alone, while r grows to 1
+    # Rectified-flow times for which the networks are: p_G, p_D and rollouts are cut to them. Wan2.2 has two networks.
+    noise_range: tuple[Probability, ...] = trigflow.WHOLE
 
     def __post_init__(self):
         super().__post_init__()
@@ -91,6 +93,14 @@ class RcmConfig(Averaged):
             raise ValueError(f"{given}: they are a teacher's, and these losses ask none: set them to 1 and None")
         if self.guidance_max is not None and self.guidance_max <= self.guidance:
             raise ValueError(f"guidance_max {self.guidance_max} must be above guidance {self.guidance}, or None")
+        self._check_range()
+
+    def _check_range(self):
+        """ValueError where times are hardly ever, or never, in noise_range."""
+        if len(self.noise_range) != 2 or not self.noise_range[0] < self.noise_range[1]:
+            raise ValueError(f"noise_range {list(self.noise_range)} must be two rising numbers, say [0.9, 1.0]")
+        for objective in self.objectives.values():
+            objective.check_within(self.noise_range)
 
     @property
     def objectives(self) -> dict[str, Objective]:
@@ -132,6 +142,7 @@ class Setup(NamedTuple):
     weighted: Objective | None = None
     guidance: tuple[float, float] | None = None  # between which each sample's is drawn
     dropout: float = 0.0
+    within: tuple[float, float] = trigflow.WHOLE  # the range of noise
     normalised: Callable | None = None  # parameters -> those that a step starts from
 
     def start(self, learner: Learner) -> Learner:
@@ -195,6 +206,7 @@ def rcm_method(config: RcmConfig, F: Velocities, parts: int = 1, normalised: Cal
         F, optimizers, config, parts, rates, partial(_warmup, config.warmup), partial(student_updates, config),
         weighted=config.consistency if config.weighting else None, dropout=config.dropout, normalised=normalised,
         guidance=None if config.guidance_max is None else (config.guidance, config.guidance_max),
+        within=config.noise_range,
     )  # fmt: skip
     steps = {"student": partial(student_step, setup, config.objectives)}
     if config.dmd:
@@ -286,7 +298,8 @@ def student_step(setup: Setup, objectives: dict[str, Objective], state: TrainSta
         for name, objective in objectives.items():
             # Losses on the data share a step's time and noise; one on the student's samples draws beside them.
             own = named_keys(key, "time", "noise", "samples")["samples"] if isinstance(objective, Matching) else key
-            given = Given(F, params["student"], fake_score, teacher, batch, own, setup.r(state.step), count)
+            r = setup.r(state.step)
+            given = Given(F, params["student"], fake_score, teacher, batch, own, r, count, setup.within)
             values, theirs = weighed(objective, leave_out(objective.term(given), finite), setup, params, batch)
             total = total + values
             metrics |= {f"{name}/{k}": v for k, v in theirs.items()}
@@ -324,7 +337,7 @@ def critic_step(setup: Setup, objective: Matching, state: TrainState, teacher: T
 
     def loss(params, batch, key):
         _, batch, finite = setup.at(batch, key)
-        given = Given(setup.F, state.student.params, params, teacher, batch, key, count=count)
+        given = Given(setup.F, state.student.params, params, teacher, batch, key, count=count, within=setup.within)
         term = leave_out(objective.critic(given), finite)
         return jnp.mean(term.loss), {f"critic/{k}": v for k, v in term.metrics.items()} | {
             "data/nonfinite": 1.0 - finite
@@ -340,7 +353,9 @@ def critic_step(setup: Setup, objective: Matching, state: TrainState, teacher: T
 def probe_step(setup: Setup, objective: ScmConfig, state: TrainState, teacher: Teacher, batch, key) -> dict:
     """stability.probe, on as much of the batch as the other steps have in memory."""
     _, part, _ = setup.at(jax.tree.map(lambda x: x[0], divided(batch, setup.parts)), key)
-    return stability.probe(objective, Given(setup.F, state.student.params, None, teacher, part, key))
+    return stability.probe(
+        objective, Given(setup.F, state.student.params, None, teacher, part, key, within=setup.within)
+    )
 
 
 def left_out(metrics: dict) -> list:

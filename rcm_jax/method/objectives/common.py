@@ -7,7 +7,9 @@ import jax.numpy as jnp
 
 from rcm_jax.method import trigflow
 from rcm_jax.method.denoiser import Velocities
-from rcm_jax.method.trigflow import Array, Batch, Times
+from rcm_jax.method.trigflow import WHOLE, Array, Batch, Times
+
+LEAST_SHARE = 0.01  # of the times that a distribution has, in the range of noise to which it is cut
 
 
 class Given(NamedTuple):
@@ -21,6 +23,7 @@ class Given(NamedTuple):
     key: Array
     r: Any = 1.0  # tangent warm-up, in [0, 1]
     count: Any = 0  # updates so far of the network that is trained
+    within: tuple[float, float] = WHOLE  # the range of noise for which the networks are
 
     def teacher_F(self, x, t):
         """F_T(x, t) [b, ...], guided."""
@@ -47,6 +50,15 @@ class Objective(abc.ABC):
     needs_teacher: bool = True
     has_tangent: bool = False
     averages: bool = False
+
+    def check_within(self, within: tuple[float, float]) -> None:
+        """ValueError for settings that do not fit a range of noise: times that are hardly ever in it."""
+        time = getattr(self, "time", None)
+        if time is not None and (share := time.share(within)) < LEAST_SHARE:
+            raise ValueError(
+                f"{share:.2g} of the times of {self.label}, {time}, are in noise_range {list(within)}: choose times of "
+                f"which {LEAST_SHARE:g} or more are there"
+            )
 
     @abc.abstractmethod
     def term(self, given: Given) -> Term:

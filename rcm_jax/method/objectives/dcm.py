@@ -30,16 +30,31 @@ class DcmConfig(Objective):
         if self.skip >= self.steps:
             raise ValueError(f"skip {self.skip} must be below steps, {self.steps}")
 
-    def times(self, u: Times) -> Array:
-        """[skip + 1, b] falling times, a step of the grid apart, from u, uniform in [0, 1): they start anywhere."""
-        k = jnp.arange(self.skip + 1)[:, None]
-        return trigflow.ShiftedUniform(self.shift).from_uniform(1 - u * (1 - self.skip / self.steps) - k / self.steps)
+    def check_within(self, within: tuple[float, float]) -> None:
+        """ValueError where less than the steps of one loss is in a range of noise."""
+        self._grid(within)
+
+    def _grid(self, within: tuple[float, float]) -> tuple[float, float]:
+        """(the highest place on the grid, how far a loss may start below it)."""
+        low, high = trigflow.ShiftedUniform(self.shift).uniforms(within)
+        if (free := high - low - self.skip / self.steps) <= 0:
+            raise ValueError(
+                f"skip {self.skip} of {self.steps} steps do not fit in noise_range {list(within)}, which has "
+                f"{(high - low) * self.steps:.2f} of them: set steps higher"
+            )
+        return high, free
+
+    def times(self, u: Times, within: tuple[float, float] = trigflow.WHOLE) -> Array:
+        """[skip + 1, b] falling times in a range of noise, a step of the grid apart, from u, uniform in [0, 1): they
+        start anywhere."""
+        k, (high, free) = jnp.arange(self.skip + 1)[:, None], self._grid(within)
+        return trigflow.ShiftedUniform(self.shift).from_uniform(high - u * free - k / self.steps)
 
     def term(self, given: Given) -> Term:
         """The loss on the batch."""
         keys = named_keys(given.key, "time", "noise")
         x0 = given.batch["x0"]
-        times = self.times(jax.random.uniform(keys["time"], x0.shape[:1]))
+        times = self.times(jax.random.uniform(keys["time"], x0.shape[:1]), given.within)
         x_t = trigflow.diffuse(x0, jax.random.normal(keys["noise"], x0.shape), times[0])
         values, metrics = loss(given.F.student, given.student, x_t, times, given.batch["cond"], given.teacher_F)
         return Term(values, metrics, times[0])

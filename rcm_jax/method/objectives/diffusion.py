@@ -26,7 +26,7 @@ class DiffusionConfig(Objective):
         """(8) on the batch."""
         keys = named_keys(given.key, "time", "noise", "drop")
         x0, cond = given.batch["x0"], given.batch["cond"]
-        t = self.time.sample(keys["time"], x0.shape[:1])
+        t = self.time.sample(keys["time"], x0.shape[:1], given.within)
         eps = jax.random.normal(keys["noise"], x0.shape)
         drop = jax.random.bernoulli(keys["drop"], self.drop_condition, x0.shape[:1])
         without = denoiser.without(cond, given.teacher.uncond)

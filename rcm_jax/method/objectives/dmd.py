@@ -43,11 +43,18 @@ class DmdConfig(Matching):
                     f"got {list(self.mid_times)}; or none, for random ones"
                 )
 
+    def check_within(self, within: tuple[float, float]) -> None:
+        """Also for mid times that are not in it."""
+        super().check_within(within)
+        low, high = map(trigflow.time_of, within)
+        if bad := [time for time in self.mid_times if not low <= time < high]:
+            raise ValueError(f"mid_times has {bad[0]}, but noise_range is from {low:.4f} to {high:.4f} in these times")
+
     def term(self, given: Given) -> Term:
         """(7) at the student's own rollout; the gradient passes through the last f of the rollout."""
         keys, cond = named_keys(given.key, "rollout", "time", "noise"), given.batch["cond"]
         x0 = self.rollout(given, keys["rollout"])
-        t = self.time.sample(keys["time"], x0.shape[:1])
+        t = self.time.sample(keys["time"], x0.shape[:1], given.within)
         x_t = trigflow.diffuse(stop_gradient(x0), jax.random.normal(keys["noise"], x0.shape), t)
         F_teacher = given.teacher_F(x_t, t)
         F_fake = given.F.fake_score(given.fake_score, x_t, t, cond)
@@ -57,25 +64,28 @@ class DmdConfig(Matching):
         """(8) of the fake score on the student's rollout."""
         keys = named_keys(given.key, "rollout", "time", "noise")
         x0 = stop_gradient(self.rollout(given, keys["rollout"]))
-        t = self.time.sample(keys["time"], x0.shape[:1])
+        t = self.time.sample(keys["time"], x0.shape[:1], given.within)
         eps = jax.random.normal(keys["noise"], x0.shape)
         F = given.F.fake_score(given.fake_score, trigflow.diffuse(x0, eps, t), t, given.batch["cond"])
         values = diffusion.loss(F, x0, eps, t)
         return Term(values, {"loss": values, "nonfinite": 1.0 - jnp.isfinite(values)}, t)
 
     def rollout(self, given: Given, key) -> Batch:
-        """A rollout of n steps (n traced) on the conditions of the batch."""
-        keys = named_keys(key, "length", "times", "noise")
-        shape = given.batch["x0"].shape
+        """A rollout of n steps (n traced) on the conditions of the batch, from noise or, if the networks are not for so
+        much of it, from noised data."""
+        keys, x0 = named_keys(key, "length", "times", "noise"), given.batch["x0"]
+        first = trigflow.time_of(given.within[1])
         if self.rollout_length == "cycled":
             n = given.count % self.max_rollout + 1
         else:
             n = jax.random.randint(keys["length"], (), 1, self.max_rollout + 1)
         if self.mid_times:
-            times = fixed_times(self.mid_times, shape[0])
+            times = fixed_times(self.mid_times, len(x0), first)
         else:
-            times = random_times(keys["times"], self.time, self.max_rollout, shape[0])
-        noise = jax.random.normal(keys["noise"], (self.max_rollout, *shape))
+            times = random_times(keys["times"], self.time, self.max_rollout, len(x0), given.within)
+        noise = jax.random.normal(keys["noise"], (self.max_rollout, *x0.shape))
+        if given.within[1] < 1:  # the network for less noise goes on from what another has made of it
+            noise = noise.at[0].set(trigflow.diffuse(x0, noise[0], times[0]))
         return rollout(given.F.student, given.student, noise, times, n, given.batch["cond"])
 
 

@@ -30,7 +30,7 @@ class RfScmConfig(Objective):
         """(5') on the batch, at times of p_G."""
         keys = named_keys(given.key, "time", "noise")
         x0, cond = given.batch["x0"], given.batch["cond"]
-        t = self.time.sample(keys["time"], x0.shape[:1])
+        t = self.time.sample(keys["time"], x0.shape[:1], given.within)
         x_t = trigflow.diffuse(x0, jax.random.normal(keys["noise"], x0.shape), t)
         values, metrics = loss(given.F.student, given.student, x_t, t, cond, given.teacher_F(x_t, t), r=given.r)
         return Term(values, metrics, t)

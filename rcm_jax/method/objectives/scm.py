@@ -48,7 +48,7 @@ class ScmConfig(Objective):
         """(4)–(6) on the batch, at times of p_G."""
         keys = named_keys(given.key, "time", "noise")
         x0, cond = given.batch["x0"], given.batch["cond"]
-        t = self.time.sample(keys["time"], x0.shape[:1])
+        t = self.time.sample(keys["time"], x0.shape[:1], given.within)
         eps = jax.random.normal(keys["noise"], x0.shape)
         x_t = trigflow.diffuse(x0, eps, t)
         F_T = self.direction(given, x0, eps, x_t, t)
