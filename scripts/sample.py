@@ -3,6 +3,7 @@
 python scripts/sample.py --checkpoint=DIR --prompt="a cat" --out=cat.mp4 \\
     --text_encoder=models_t5_umt5-xxl-enc-bf16.pth --tokenizer=google/umt5-xxl --vae=Wan2.1_VAE.pth
 python scripts/sample.py --checkpoint=wan-1.3b --mode=teacher --config=wan_1_3b.py --prompts=FILE …
+python scripts/sample.py --checkpoint=DIR --image=first.png --prompt="it moves" --out=video.mp4 …
 python scripts/sample.py --checkpoint=DIR --suite=VBench_full_info.json --out=FOLDER …
 python scripts/sample.py --checkpoint=runs/digits --out=grid.png
 
@@ -27,6 +28,7 @@ from rcm_jax.evaluate.page import write_page
 from rcm_jax.evaluate.report import in_steps
 from rcm_jax.media import video
 from rcm_jax.run import generate, suite
+from rcm_jax.run.samples import check_decoder, files_of
 from rcm_jax.util.files import as_path, check_writable
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir of scripts/train.py or convert_checkpoint.py.")
@@ -43,6 +45,7 @@ CLASSES = flags.DEFINE_list("classes", [], "Class labels, e.g. 3,5,8; all if emp
 # For prompts.
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to show; may be given several times.")
 PROMPTS = flags.DEFINE_string("prompts", None, "A file of prompts, one on each line.")
+IMAGE = flags.DEFINE_multi_string("image", [], "The first frame, of image to video: one for all prompts or for each.")
 SUITE = flags.DEFINE_string("suite", None, "A suite of prompts: of VBench, GenEval or the official rCM, or a text.")
 NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What a teacher's guidance leads away from.")
 TEXT_ENCODER, TOKENIZER, VAE = common.media_flags()
@@ -57,7 +60,7 @@ flags.mark_flags_as_required(["checkpoint", "out"])
 BAR: dict = dict(dynamic_ncols=True)
 FOR_CLASSES = (EACH, CLASSES)
 FOR_LATENTS = (VAE, BATCH, TILE)
-FOR_PROMPTS = (PROMPT, PROMPTS, SUITE, NEGATIVE, TEXT_ENCODER, TOKENIZER, SIZE, FRAMES, SHEET)
+FOR_PROMPTS = (PROMPT, PROMPTS, IMAGE, SUITE, NEGATIVE, TEXT_ENCODER, TOKENIZER, SIZE, FRAMES, SHEET)
 
 
 def main():
@@ -76,8 +79,8 @@ def main():
             asked = [*PROMPT.value, *(common.read_lines(PROMPTS.value) if PROMPTS.value else [])]
         wanted = request(generator, asked, seeds)
         if generator.media is not None and (SHEET.value or out.suffix != ".safetensors"):
-            generate.check_decoder(generator)
-        for file in filter(None, (*generate.files_of(wanted, out), SHEET.value)):
+            check_decoder(generator)
+        for file in filter(None, (*files_of(wanted, out), SHEET.value)):
             check_writable(file, OVERWRITE.value)
     with timed(clock, "text"):
         given = generate.conditions(wanted)
@@ -95,7 +98,7 @@ def main():
 
 def sample_suite(generator) -> None:
     """What is not there yet of a suite, in the folder --out."""
-    if wrong := [f"--{flag.name}" for flag in (PROMPT, PROMPTS, SHEET) if flag.present]:
+    if wrong := [f"--{flag.name}" for flag in (PROMPT, PROMPTS, IMAGE, SHEET) if flag.present]:
         raise ValueError(f"--suite has its own prompts and files: no {', '.join(wrong)}")
     found = suite.read(SUITE.value)
     seeds = read_seeds() if SEEDS.present else list(range(found.layout.each))
@@ -111,7 +114,7 @@ def open_generator():
     generator = rcm_jax.load(
         CHECKPOINT.value, step=STEP.value, mode=MODE.value,
         config=None if CONFIG.value is None else common.experiment(CONFIG),
-        size=common.as_size("--size", SIZE.value), frames=FRAMES.value,
+        size=common.as_size("--size", SIZE.value), frames=FRAMES.value, image=IMAGE.value[0] if IMAGE.value else None,
         text_encoder=TEXT_ENCODER.value, tokenizer=TOKENIZER.value, vae=VAE.value,
     )  # fmt: skip
     check_flags(generator)
@@ -122,7 +125,7 @@ def request(generator, asked, seeds) -> generate.Request:
     """Samples, as the flags say."""
     return generate.request(
         generator, asked, seeds, steps=STEPS.value, guidance=GUIDANCE.value, negative_prompt=NEGATIVE.value,
-        batch=BATCH.value,
+        batch=BATCH.value, image=IMAGE.value,
     )  # fmt: skip
 
 
@@ -156,7 +159,9 @@ def write_sheet(path: str, wanted: generate.Request, paths) -> None:
     """A page of files, one for every prompt and seed; the prompts are numbered if one was asked for twice."""
     prompts, files = wanted.asked, iter(paths)
     rows = prompts if len(set(prompts)) == len(prompts) else [f"{i}. {prompt}" for i, prompt in enumerate(prompts, 1)]
-    videos = {row: {f"seed {seed}": next(files) for seed in wanted.seeds} for row in rows}
+    videos: dict = {row: {f"seed {seed}": next(files) for seed in wanted.seeds} for row in rows}
+    if wanted.frames is not None:
+        videos = {row: {"image": image} | videos[row] for row, image in zip(rows, wanted.frames, strict=True)}
     network = "Teacher" if wanted.generator.of_teacher else "Student"
     guidance = "" if wanted.guidance is None else f", guidance {wanted.guidance:g}"
     note = f"{network}, {in_steps(wanted.steps)}{guidance}."

@@ -15,7 +15,8 @@ from rcm_jax.data.dataset import Dataset, random_access
 from rcm_jax.evaluate.report import in_steps
 from rcm_jax.parallel import distributed
 from rcm_jax.run import pixels, previews
-from rcm_jax.run.generate import Generator, check_decoder, guidance_of, make_sampler, open_decoder, restore
+from rcm_jax.run.generate import Generator, guidance_of, make_sampler, restore
+from rcm_jax.run.samples import check_decoder, open_decoder
 from rcm_jax.train import checkpoint
 from rcm_jax.util.extras import require
 from rcm_jax.util.files import local

@@ -31,7 +31,7 @@ def write_page(
     title: str,
     note: str = "",
     pictures: Mapping[str, np.ndarray] = {},
-    videos: Mapping[str, Mapping[str, str | os.PathLike]] = {},
+    videos: Mapping[str, Mapping[str, str | os.PathLike | np.ndarray]] = {},
     previews: Sequence[tuple[int, str | os.PathLike]] = (),
     curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]] | np.ndarray]] = {},
     rows: Mapping[str, Mapping[str, float | None]] = {},
@@ -42,7 +42,8 @@ def write_page(
     Args:
       title, note: the heading, and what is small below it.
       pictures: title → uint8 [H, W, 1 or 3], side by side.
-      videos: row (a prompt) → column ("teacher, 50 steps") → path of an .mp4 or .png; all are played in step.
+      videos: row (a prompt) → column ("teacher, 50 steps") → path of an .mp4 or .png, or a picture as above;
+        all are played in step.
       previews: (training step, path of a .png or .mp4), rising, behind a slider.
       curves: title → label → (step, value) pairs; values that are not finite leave gaps.
       rows: the table, name → metrics, as `table` returns them.
@@ -107,6 +108,8 @@ def _inline(suffix: str, content: bytes) -> dict:
 
 
 def _file(path) -> dict:
+    if isinstance(path, np.ndarray):
+        return _inline(".png", encode_png(path))
     place = as_path(path)
     if place.suffix not in TYPES:
         raise ValueError(f"{place} cannot be shown on a page: it must end in {' or '.join(TYPES)}")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rcm_jax.method import denoiser, trigflow
-from rcm_jax.method.trigflow import Array, Batch
+from rcm_jax.method.trigflow import Array, Batch, Range
 
 START = "start"  # a condition that no network has: x0 from which a network for less noise goes on
 
@@ -26,7 +26,7 @@ def student_times(sigma_max: float, mid_times) -> np.ndarray:
     return times
 
 
-def within(times, noise_range: tuple[float, float]) -> np.ndarray:
+def within(times, noise_range: Range) -> np.ndarray:
     """Of the times [k] at which a sampler calls a network, those in its range of noise, for which tau >= the lower end
     and < the upper one. ValueError if there are none."""
     times = np.asarray(times)

@@ -17,7 +17,8 @@ from rcm_jax.util.ranges import Shift, between, config
 Array = jax.Array
 Batch = Float[Array, "b ..."]  # samples, noise, velocities
 Times = Float[Array, " b"]  # or any other number for each sample
-WHOLE = (0.0, 1.0)  # a range of noise: all rectified-flow times
+Range = tuple[float, ...]  # of noise: its first and last rectified-flow time
+WHOLE: Range = (0.0, 1.0)
 
 
 def expand(t: Array, x: Array) -> Array:
@@ -85,13 +86,14 @@ class LogNormal:
     mean: Annotated[float, between(-20, 20)]
     std: Annotated[float, between(1e-3, 20)]
 
-    def sample(self, key, shape, within: tuple[float, float] = WHOLE) -> Array:
+    def sample(self, key, shape, within: Range = WHOLE) -> Array:
         """Times in (0, pi/2), float32, of the given shape; within: cut to that range of noise."""
         if within == WHOLE:
             return self.from_normal(jax.random.normal(key, shape))
-        return self.from_normal(jax.random.truncated_normal(key, *self._normals(within), shape))
+        low, high = self._normals(within)
+        return self.from_normal(jax.random.truncated_normal(key, low, high, shape))
 
-    def share(self, within: tuple[float, float]) -> float:
+    def share(self, within: Range) -> float:
         """Of the times, those in a range of noise."""
         low, high = (math.erfc(-z / math.sqrt(2)) / 2 for z in self._normals(within))
         return high - low
@@ -111,17 +113,17 @@ class ShiftedUniform:
 
     shift: Shift
 
-    def sample(self, key, shape, within: tuple[float, float] = WHOLE) -> Array:
+    def sample(self, key, shape, within: Range = WHOLE) -> Array:
         """Times in [0, pi/2), float32, of the given shape; within: cut to that range of noise."""
         low, high = self.uniforms(within)
         return self.from_uniform(jax.random.uniform(key, shape, minval=low, maxval=high))
 
-    def share(self, within: tuple[float, float]) -> float:
+    def share(self, within: Range) -> float:
         """Of the times, those in a range of noise."""
         low, high = self.uniforms(within)
         return high - low
 
-    def uniforms(self, within: tuple[float, float]) -> list[float]:
+    def uniforms(self, within: Range) -> list[float]:
         """The uniforms of the ends of a range of noise."""
         return [tau / (self.shift - (self.shift - 1) * tau) for tau in within]
 

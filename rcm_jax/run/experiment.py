@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from rcm_jax.data import DATASETS
-from rcm_jax.method import denoiser, samplers
+from rcm_jax.method import denoiser, samplers, trigflow
 from rcm_jax.models import AUTOENCODERS, NETWORKS, TEXT_ENCODERS, network_of
 from rcm_jax.models.layers import Dtype
 from rcm_jax.models.records import record_of
@@ -168,9 +168,9 @@ class Experiment(Pretraining):
         return self.rcm.needs_teacher and not self.exact_teacher
 
     @property
-    def noise_range(self) -> tuple[float, float]:
+    def noise_range(self) -> trigflow.Range:
         """Rectified-flow times for which the networks are."""
-        return self.rcm.noise_range  # pyright: ignore[reportReturnType]
+        return self.rcm.noise_range
 
     @property
     def teacher_guidance(self) -> float:

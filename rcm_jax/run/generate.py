@@ -7,31 +7,29 @@ by `load` and `request`, before anything is computed.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from safetensors.numpy import save as to_safetensors
 
-from rcm_jax import convert
 from rcm_jax.data import LatentsConfig
 from rcm_jax.data.dataset import Dataset
-from rcm_jax.media import text, video
-from rcm_jax.media.picture import grid, save_png
+from rcm_jax.media import text
 from rcm_jax.method import denoiser
 from rcm_jax.method.denoiser import Velocity
 from rcm_jax.models import AUTOENCODERS, check_network, network_of
 from rcm_jax.models.records import record_of
 from rcm_jax.parallel.sharding import MeshConfig, make_mesh
-from rcm_jax.run import previews, texts, workdir
+from rcm_jax.run import images, previews, texts, workdir
 from rcm_jax.run.experiment import Experiment, MediaConfig, Pretraining
-from rcm_jax.run.pixels import frames, open_weights, with_frames, write
+from rcm_jax.run.pixels import open_weights, with_frames
 from rcm_jax.run.program import Network, load_data, make_network, student_sampler, teacher_sampler, zeros
+from rcm_jax.run.samples import Samples
 from rcm_jax.train import checkpoint, trainer
-from rcm_jax.util.files import as_path, write_whole
+from rcm_jax.util.files import as_path
 
-UPSCALE = 8  # of the small images of a grid
 MOST = 10**6  # samples of one request: they are in memory together
 FILES = {  # around a network, and what they are
     "text_encoder": "published weights of umT5 (Wan) or T5 (Cosmos), any layout",
@@ -88,7 +86,7 @@ class Generator:
             raise FileNotFoundError(f"--{name}={given}: no such file or folder")
         return as_path(given)
 
-    def __call__(self, asked, seeds=(0,), **options) -> "Samples":
+    def __call__(self, asked, seeds=(0,), **options) -> Samples:
         """Samples for every prompt (or class label) and seed; options: those of `request`."""
         wanted = request(self, asked, seeds, **options)
         return sample(wanted, conditions(wanted))
@@ -96,7 +94,7 @@ class Generator:
 
 def load(
     folder, *, step: int | None = None, mode: str | None = None, config: Experiment | None = None,
-    size: tuple[int, int] | None = None, frames: int | None = None, **files,
+    size: tuple[int, int] | None = None, frames: int | None = None, image=None, **files,
 ) -> Generator:  # fmt: skip
     """A generator from a workdir of a distillation (its averaged student), of a teacher, or of converted weights.
 
@@ -107,6 +105,7 @@ def load(
       config: what says how to sample; None: the workdir's own.
       size: width and height in pixels; None: the config's. For prompts alone, as what follows.
       frames: of pixels; None: the config's.
+      image: a file whose shape the samples have, in about as many pixels as the config's; for size=None.
       files: text_encoder, tokenizer, vae: paths of the published files around the network, any layout.
 
     Raises:
@@ -126,13 +125,15 @@ def load(
         raise ValueError(f"{', '.join(sorted(unknown))} is no file around a network: {', '.join(FILES)}")
     if hasattr(run.model, "num_classes") and isinstance(run, Pretraining):
         allowed = {"vae"} if run.media else set()
-        if size or frames or set(files) - allowed:
+        if size or frames or image is not None or set(files) - allowed:
             raise ValueError(
                 f"{folder} samples from classes: it takes no sizes of pixels, and of weights around it "
                 f"{' and '.join(allowed) or 'none'}"
             )
         dataset = classes_dataset(run)
     else:
+        if size is None and image is not None and getattr(run, "media", None):
+            size = images.size_like(run, image)
         dataset = prompts_dataset(run, size, frames)
     return Generator(as_path(folder), step, known == "teacher", run, dataset, files)
 
@@ -189,6 +190,7 @@ class Request(NamedTuple):
     tokens: Any = None  # (ids, mask) of the prompts and, last, the negative one
     negative: str = ""  # the negative prompt
     zero_last: bool = False  # it is zeros
+    frames: Any = None  # uint8 [n, H, W, 3]: the image of every prompt, for networks that take one
 
     @property
     def calls(self) -> int:
@@ -199,10 +201,10 @@ class Request(NamedTuple):
 
 def request(
     generator: Generator, asked, seeds=(0,), *, steps: int | None = None, guidance: float | None = None,
-    negative_prompt: str | None = None, batch: int = 1,
+    negative_prompt: str | None = None, batch: int = 1, image=(),
 ) -> Request:  # fmt: skip
     """ValueError for what cannot be sampled. steps, guidance: the config's if None; most students have theirs built
-    in, and take none."""
+    in, and take none. image: for networks of image to video, the file of the first frame, or one for each prompt."""
     run, asked, seeds = generator.run, [asked] if isinstance(asked, str) else list(asked), [int(s) for s in seeds]
     if not asked:
         raise ValueError("there is no prompt: give --prompt or --prompts=FILE")
@@ -225,7 +227,8 @@ def request(
     negative = _negative(media, guidance if generator.of_teacher else None, negative_prompt)
     tokens = texts.tokenize(media, generator.path("tokenizer"), [*asked, negative])
     zero_last = media.zero_negative and not negative
-    return Request(generator, asked, seeds, steps, guidance, batch, encoder, tokens, negative, zero_last)
+    shown = images.read(generator, [image] if isinstance(image, str | os.PathLike) else list(image), len(asked))
+    return Request(generator, asked, seeds, steps, guidance, batch, encoder, tokens, negative, zero_last, shown)
 
 
 def guidance_of(generator: Generator, given: float | None, negative_prompt: str | None = None) -> float | None:
@@ -258,7 +261,7 @@ def _negative(media: MediaConfig, guidance: float | None, given: str | None) -> 
 
 
 def conditions(wanted: Request) -> tuple[dict, dict]:
-    """({name: [n, ...]} of what was asked for, the conditions that guidance replaces): the text encoder's work."""
+    """({name: [n, ...]} of what was asked for, the conditions that guidance replaces): the work of the encoders."""
     if wanted.tokens is None:
         return {"label": np.asarray(wanted.asked, np.int32)}, wanted.generator.dataset.uncond
     media = wanted.generator.media
@@ -266,7 +269,8 @@ def conditions(wanted: Request) -> tuple[dict, dict]:
     embedded = text.encode(media.text_encoder, params, *wanted.tokens)
     if wanted.zero_last:
         embedded[-1] = 0
-    return {"text": embedded[:-1]}, {"text": embedded[-1]}
+    shown = {} if wanted.frames is None else images.conditions(wanted.generator, wanted.frames)
+    return {"text": embedded[:-1]} | shown, {"text": embedded[-1]}
 
 
 def make_sampling_mesh(run, shape, batch: int):
@@ -329,121 +333,37 @@ def load_sampler(wanted: Request, uncond, batch: int, tick: Callable[[], object]
     return Loaded(mesh, params, make_sampler(generator, F, wanted.steps, wanted.guidance, uncond))
 
 
-def sample(wanted: Request, given: tuple[dict, dict], tick: Callable[[], object] | None = None) -> "Samples":
+def sample(wanted: Request, given: tuple[dict, dict], tick: Callable[[], object] | None = None) -> Samples:
     """The samples, from what `conditions` gave; tick is called with every call of the network."""
     generator, seeds, (cond, uncond) = wanted.generator, wanted.seeds, given
     shape, batch = generator.shape, min(wanted.batch, len(wanted.asked) * len(seeds))
     mesh, params, sampler = load_sampler(wanted, uncond, batch, tick)
     with jax.set_mesh(mesh):
         if "text" in cond:
-            latents = draw(sampler, params, cond["text"], seeds, shape, wanted.batch)
+            latents = draw(sampler, params, cond, seeds, shape, wanted.batch)
         else:
             keys, batch = map(jax.random.key, seeds), min(batch, len(wanted.asked))
             latents = np.stack(
                 [previews.draw(sampler, params, key, cond["label"], shape, batch) for key in keys], axis=1
             )
         jax.effects_barrier()  # the last tick
-    return Samples(generator, wanted.asked, seeds, latents)
+    return Samples(generator, wanted.asked, seeds, latents, wanted.frames)
 
 
-def draw(sampler: Callable, params, texts, seeds: Sequence[int], shape, batch: int) -> np.ndarray:
-    """x0 [n, s, *shape] for the conditions "text" [n, l, d] and s seeds, `batch` at a time."""
-    pairs = [(row, seed) for row in range(len(texts)) for seed in seeds]
+def draw(sampler: Callable, params, cond: dict, seeds: Sequence[int], shape, batch: int) -> np.ndarray:
+    """x0 [n, s, *shape] for conditions {name: [n, ...]} and s seeds, `batch` at a time."""
+    pairs = [(row, seed) for row in range(len(cond["text"])) for seed in seeds]
     rows, ids, batch = *(list(column) for column in zip(*pairs, strict=True)), min(batch, len(pairs))
-    parts = [
-        draw_batch(sampler, params, texts[rows[start : start + batch]], ids[start : start + batch], shape, batch)
-        for start in range(0, len(pairs), batch)
-    ]
-    return np.concatenate(parts).reshape(len(texts), len(seeds), *shape)
+    parts = []
+    for start in range(0, len(pairs), batch):
+        part = {name: x[rows[start : start + batch]] for name, x in cond.items()}
+        parts.append(draw_batch(sampler, params, part, ids[start : start + batch], shape, batch))
+    return np.concatenate(parts).reshape(len(cond["text"]), len(seeds), *shape)
 
 
-def draw_batch(sampler: Callable, params, texts, seeds: Sequence[int], shape, batch: int) -> np.ndarray:
-    """x0 [n, *shape] for "text" [n, l, d] and n seeds, n at most `batch`: all batches are as large, for one program."""
+def draw_batch(sampler: Callable, params, cond: dict, seeds: Sequence[int], shape, batch: int) -> np.ndarray:
+    """x0 [n, *shape] for conditions [n, ...] and n seeds, n at most `batch`: all batches are as large, for one
+    program."""
     rows = np.minimum(np.arange(batch), len(seeds) - 1)
-    ids = np.asarray(seeds, np.uint32)[rows]
-    return np.asarray(sampler(params, jax.random.key(0), ids, {"text": texts[rows]}, tuple(shape)))[: len(seeds)]
-
-
-class Samples(NamedTuple):
-    """x0 `latents` [n, s, ...] for n prompts or labels and s seeds, and what shows them."""
-
-    generator: Generator
-    asked: list
-    seeds: list[int]
-    latents: np.ndarray
-
-    def frames(self, row: int, column: int, decoder=None, tile: int | None = None) -> Iterator[np.ndarray]:
-        """The frames [h, w, 3] of one sample, in 0..255, one by one; decoder: of `open_decoder`, called if None."""
-        params = open_decoder(self.generator) if decoder is None else decoder
-        return frames(self.generator.media, params, self.latents[row, column], tile)
-
-    def picture(self, tile: int | None = None) -> np.ndarray:
-        """Samples of classes as one picture, uint8 [H, W, c], a row for every class where they are images."""
-        flat, labels = self.latents.reshape(-1, *self.generator.shape), np.repeat(self.asked, len(self.seeds))
-        columns = self.asked.count(self.asked[0]) * len(self.seeds)
-        if (media := self.generator.media) is not None:
-            decoder = open_decoder(self.generator)
-            images = [np.float32(frame) / 255 for x0 in flat for frame in frames(media, decoder, x0, tile)]
-            return grid(images, columns, separator=previews.GAP, background=1.0)
-        return previews.picture(self.generator.dataset, flat, labels, columns, UPSCALE)
-
-    def save(self, out, sheet=None, *, tile: int | None = None, tick=lambda: None) -> list:
-        """Writes the samples, by the suffix of `out`, and returns the files; tick is called after each.
-
-        Of classes: one picture (.png) or all latents (.safetensors). Of prompts: a file for each prompt and seed, named
-        after `out` if there are several: .mp4, .png for one frame, .safetensors for latents; sheet: a .png of them all.
-        """
-        out = as_path(out)
-        if not self.generator.of_classes:
-            return _save_videos(self, out, sheet, tile, tick)
-        if out.suffix == ".png":
-            save_png(out, self.picture(tile))
-        else:
-            _save_tensors(out, {"x0": self.latents, "label": np.asarray(self.asked, np.int32)})
-        return [out]
-
-
-def check_decoder(generator: Generator) -> dict:
-    """The tensors of the autoencoder, not read yet; ValueError where they are missing or others."""
-    return open_weights(generator.media.vae, generator.path("vae"))
-
-
-def open_decoder(generator: Generator):
-    """The parameters of the autoencoder, on the device."""
-    config = generator.media.vae
-    return jax.device_put(convert.from_reference(convert.name_of(config), check_decoder(generator), config))
-
-
-def files_of(wanted: "Request | Samples", out) -> list:
-    """What `Samples.save` writes of a request: one file, or of several prompts and seeds each, named after `out`."""
-    out, prompts, seeds = as_path(out), range(len(wanted.asked)), wanted.seeds
-    if wanted.generator.of_classes or len(prompts) * len(seeds) == 1:
-        return [out]
-    return [out.with_stem(f"{out.stem}-{i:03d}-seed{seed}") for i in prompts for seed in seeds]
-
-
-def _save_videos(samples: Samples, out, sheet, tile, tick) -> list:
-    """Every sample in its file, and the sheet: a row for every prompt."""
-    generator, seeds, paths = samples.generator, samples.seeds, files_of(samples, out)
-    only_latents = out.suffix == ".safetensors"
-    decoder = None if only_latents and not sheet else open_decoder(generator)
-    shown, places = [], (0, 0.5, 1) if generator.frames > 1 else (0,)
-    for path, (i, j) in zip(paths, np.ndindex(len(samples.asked), len(seeds)), strict=True):
-        if only_latents:
-            _save_tensors(path, {"x0": samples.latents[i, j]})
-        if decoder is not None:
-            pixels = video.keep(samples.frames(i, j, decoder, tile), generator.frames, places, shown)
-            if only_latents:
-                for _ in pixels:  # the sheet wants some of them
-                    pass
-            else:
-                write(path, pixels, generator.media.fps)
-        tick()
-    if sheet:
-        save_png(sheet, grid(np.array(shown, np.float32) / 255, len(seeds) * len(places)))
-    return paths
-
-
-def _save_tensors(path, tensors: dict) -> None:
-    content = to_safetensors(tensors)
-    write_whole(path, lambda temporary: temporary.write_bytes(content))
+    ids, cond = np.asarray(seeds, np.uint32)[rows], {name: x[rows] for name, x in cond.items()}
+    return np.asarray(sampler(params, jax.random.key(0), ids, cond, tuple(shape)))[: len(seeds)]

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from rcm_jax.media import text, video
-from rcm_jax.run import generate, texts
+from rcm_jax.run import generate, samples, texts
 from rcm_jax.run.pixels import frames, write
 from rcm_jax.train import checkpoint
 from rcm_jax.util.config import to_mapping
@@ -154,7 +154,7 @@ def make_plan(suite: Suite, wanted: generate.Request, out) -> Plan:
         files[path] = row, seed
     if suffix == ".mp4":
         video.check_video()
-    generate.check_decoder(generator)
+    samples.check_decoder(generator)
     settings = _settings(suite, wanted)
     _check_folder(folder, settings)
     there = _neighbours(files)
@@ -204,12 +204,12 @@ def sample(plan: Plan, *, tile: int | None = None, tick: Callable[[], object] = 
     found, uncond = embed(wanted, sorted({row for row, _, _ in plan.pending}))
     batch = min(wanted.batch, plan.total)  # the same program, however much is left
     mesh, params, sampler = generate.load_sampler(wanted, uncond, batch)
-    decoder = generate.open_decoder(wanted.generator)
+    decoder = samples.open_decoder(wanted.generator)
     for start in range(0, len(plan.pending), batch):
         rows, seeds, paths = zip(*plan.pending[start : start + batch], strict=True)
         given = np.stack([np.pad(found[row], ((0, media.text_length - len(found[row])), (0, 0))) for row in rows])
         with jax.set_mesh(mesh):
-            latents = generate.draw_batch(sampler, params, given, seeds, shape, batch)
+            latents = generate.draw_batch(sampler, params, {"text": given}, seeds, shape, batch)
         for path, x0 in zip(paths, latents, strict=True):
             write(path, frames(media, decoder, x0, tile), media.fps)
             tick()

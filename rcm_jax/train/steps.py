@@ -142,7 +142,7 @@ class Setup(NamedTuple):
     weighted: Objective | None = None
     guidance: tuple[float, float] | None = None  # between which each sample's is drawn
     dropout: float = 0.0
-    within: tuple[float, float] = trigflow.WHOLE  # the range of noise
+    within: trigflow.Range = trigflow.WHOLE  # the range of noise
     normalised: Callable | None = None  # parameters -> those that a step starts from
 
     def start(self, learner: Learner) -> Learner:

@@ -13,7 +13,7 @@ from rcm_jax.convert.files import write_tensors
 from rcm_jax.data import LatentsConfig
 from rcm_jax.method import samplers
 from rcm_jax.models import sd_vae, wan_vae
-from rcm_jax.run import generate, workdir
+from rcm_jax.run import generate, pixels, workdir
 from rcm_jax.util.config import revise
 from tests import tiny, wan
 
@@ -74,10 +74,10 @@ def test_a_sample_depends_on_its_prompt_and_seed_alone_and_every_step_is_counted
     )
     sampler = generate.make_sampler(student(run), F, 2, None, None)
     texts, params = np.random.default_rng(0).normal(size=(3, 6, 8)).astype(np.float32), wan.random_params()
-    together = generate.draw(sampler, params, texts, [5, 6], shape, batch=4)
+    together = generate.draw(sampler, params, {"text": texts}, [5, 6], shape, batch=4)
     jax.effects_barrier()
     assert together.shape == (3, 2, *shape) and len(ticks) == 2 * 2  # two batches of two steps
-    alone = generate.draw(sampler, params, texts[1:2], [6], shape, batch=8)  # of which one is asked for
+    alone = generate.draw(sampler, params, {"text": texts[1:2]}, [6], shape, batch=8)  # of which one is asked for
     np.testing.assert_allclose(together[1, 1], alone[0, 0], rtol=1e-4, atol=1e-4)
     noise = samplers.unit_noise(jax.random.fold_in(jax.random.key(0), 0), [6], shape)
     assert not np.allclose(together[1, 0], together[1, 1]) and jnp.std(noise) > 0.8
@@ -87,9 +87,9 @@ def test_frames_are_bytes_whatever_the_tiles():
     media = WAN.media
     params = tiny.random_params(wan_vae.init, media.vae)
     x0 = np.random.default_rng(0).normal(size=(2, 2, 2, 4)).astype(np.float32)
-    one_by_one = list(generate.frames(media, params, x0))
+    one_by_one = list(pixels.frames(media, params, x0))
     assert len(one_by_one) == 5 and one_by_one[0].dtype == np.uint8 and one_by_one[0].shape == (16, 16, 3)
-    np.testing.assert_array_equal(one_by_one, list(generate.frames(media, params, x0, tile=8)))
+    np.testing.assert_array_equal(one_by_one, list(pixels.frames(media, params, x0, tile=8)))
 
 
 def test_devices_share_the_samples_and_what_is_left_the_tokens():

@@ -32,7 +32,7 @@ def wanted(run=wan_1_3b, seeds=(0, 1)):
 @pytest.fixture
 def plan(monkeypatch, tmp_path):
     """plan(content of a file, **of the request) -> its plan in tmp_path/out; no checkpoint or autoencoder is read."""
-    monkeypatch.setattr(generate, "check_decoder", lambda generator: None)
+    monkeypatch.setattr(suite.samples, "check_decoder", lambda generator: None)
     monkeypatch.setattr(suite.checkpoint, "params_of", lambda *_: (None, 7))
     return lambda content, **of: suite.make_plan(suite.read(write(tmp_path, content)), wanted(**of), tmp_path / "out")
 

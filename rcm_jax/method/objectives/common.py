@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from rcm_jax.method import trigflow
 from rcm_jax.method.denoiser import Velocities
-from rcm_jax.method.trigflow import WHOLE, Array, Batch, Times
+from rcm_jax.method.trigflow import WHOLE, Array, Batch, Range, Times
 
 LEAST_SHARE = 0.01  # of the times that a distribution has, in the range of noise to which it is cut
 
@@ -23,7 +23,7 @@ class Given(NamedTuple):
     key: Array
     r: Any = 1.0  # tangent warm-up, in [0, 1]
     count: Any = 0  # updates so far of the network that is trained
-    within: tuple[float, float] = WHOLE  # the range of noise for which the networks are
+    within: Range = WHOLE  # the range of noise for which the networks are
 
     def teacher_F(self, x, t):
         """F_T(x, t) [b, ...], guided."""
@@ -51,7 +51,7 @@ class Objective(abc.ABC):
     has_tangent: bool = False
     averages: bool = False
 
-    def check_within(self, within: tuple[float, float]) -> None:
+    def check_within(self, within: Range) -> None:
         """ValueError for settings that do not fit a range of noise: times that are hardly ever in it."""
         time = getattr(self, "time", None)
         if time is not None and (share := time.share(within)) < LEAST_SHARE:

@@ -11,7 +11,7 @@ from rcm_jax.method import denoiser, trigflow
 from rcm_jax.method.denoiser import Velocity
 from rcm_jax.method.keys import named_keys
 from rcm_jax.method.objectives.common import Given, Objective, Term, sum_squares
-from rcm_jax.method.trigflow import Array, Batch, Times
+from rcm_jax.method.trigflow import Array, Batch, Range, Times
 from rcm_jax.util.ranges import Few, Positive, Shift, between, config
 
 
@@ -30,11 +30,11 @@ class DcmConfig(Objective):
         if self.skip >= self.steps:
             raise ValueError(f"skip {self.skip} must be below steps, {self.steps}")
 
-    def check_within(self, within: tuple[float, float]) -> None:
+    def check_within(self, within: Range) -> None:
         """ValueError where less than the steps of one loss is in a range of noise."""
         self._grid(within)
 
-    def _grid(self, within: tuple[float, float]) -> tuple[float, float]:
+    def _grid(self, within: Range) -> tuple[float, float]:
         """(the highest place on the grid, how far a loss may start below it)."""
         low, high = trigflow.ShiftedUniform(self.shift).uniforms(within)
         if (free := high - low - self.skip / self.steps) <= 0:
@@ -44,7 +44,7 @@ class DcmConfig(Objective):
             )
         return high, free
 
-    def times(self, u: Times, within: tuple[float, float] = trigflow.WHOLE) -> Array:
+    def times(self, u: Times, within: Range = trigflow.WHOLE) -> Array:
         """[skip + 1, b] falling times in a range of noise, a step of the grid apart, from u, uniform in [0, 1): they
         start anywhere."""
         k, (high, free) = jnp.arange(self.skip + 1)[:, None], self._grid(within)

@@ -13,7 +13,7 @@ from rcm_jax.method.keys import named_keys
 from rcm_jax.method.objectives import diffusion
 from rcm_jax.method.objectives.common import Given, Matching, Term, sum_squares
 from rcm_jax.method.rollout import fixed_times, random_times, rollout
-from rcm_jax.method.trigflow import Batch, Times
+from rcm_jax.method.trigflow import Batch, Range, Times
 from rcm_jax.util.ranges import Positive, Time, among, between, config
 
 LENGTHS = ("drawn", "cycled")
@@ -43,7 +43,7 @@ class DmdConfig(Matching):
                     f"got {list(self.mid_times)}; or none, for random ones"
                 )
 
-    def check_within(self, within: tuple[float, float]) -> None:
+    def check_within(self, within: Range) -> None:
         """Also for mid times that are not in it."""
         super().check_within(within)
         low, high = map(trigflow.time_of, within)
