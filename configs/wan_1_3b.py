@@ -63,11 +63,14 @@ TINY = dict(dim=24, ffn_dim=32, num_heads=2, num_layers=2, in_dim=4, out_dim=4, 
 
 
 def tiny(run: Experiment) -> Experiment:
-    """The same method with hardly any width."""
+    """The same method with hardly any width; y of image to video has 8 channels then."""
+    image = (
+        {"in_dim": TINY["in_dim"] + 8, "clip_dim": run.model.clip_dim and 16} if run.model.model_type == "i2v" else {}
+    )
     return revise(
         run,
         {
-            "model": revise(run.model, TINY),
+            "model": revise(run.model, TINY | image),
             "data.shape": (2, 4, 6, 4),
             "mesh": MeshConfig(data=1, fsdp=-1),
             "rcm.warmup": 2,

@@ -32,11 +32,13 @@ from rcm_jax.run.samples import check_decoder, files_of
 from rcm_jax.util.files import as_path, check_writable
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir of scripts/train.py or convert_checkpoint.py.")
+LOW = flags.DEFINE_string("low", None, "Of a pair of networks (Wan2.2) that for little noise; --checkpoint: for much.")
 STEP = flags.DEFINE_integer("checkpoint_step", None, "Training step of the checkpoint; the newest if not given.")
 OUT = flags.DEFINE_string("out", None, "The file to write: .png, .mp4 or .safetensors; of a suite a folder.")
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; its config's if not given.", lower_bound=1)
 SEEDS = flags.DEFINE_list("seeds", ["0"], "The same seed gives the same noise, for every prompt, student and teacher.")
 GUIDANCE = flags.DEFINE_float("guidance", None, "Of a teacher, or a student that takes it; its config's if not given.")
+LOW_GUIDANCE = flags.DEFINE_float("low_guidance", None, "Of the teacher --low; that of --guidance if not given.")
 MODE = flags.DEFINE_enum("mode", None, ["student", "teacher"], "What converted weights are; a trained workdir knows.")
 CONFIG = common.config_flag("What says how to sample; by default that of the workdir.")
 # For classes.
@@ -112,7 +114,7 @@ def sample_suite(generator) -> None:
 def open_generator():
     """What is sampled from, as the flags say."""
     generator = rcm_jax.load(
-        CHECKPOINT.value, step=STEP.value, mode=MODE.value,
+        CHECKPOINT.value, step=STEP.value, mode=MODE.value, low=LOW.value,
         config=None if CONFIG.value is None else common.experiment(CONFIG),
         size=common.as_size("--size", SIZE.value), frames=FRAMES.value, image=IMAGE.value[0] if IMAGE.value else None,
         text_encoder=TEXT_ENCODER.value, tokenizer=TOKENIZER.value, vae=VAE.value,
@@ -125,7 +127,7 @@ def request(generator, asked, seeds) -> generate.Request:
     """Samples, as the flags say."""
     return generate.request(
         generator, asked, seeds, steps=STEPS.value, guidance=GUIDANCE.value, negative_prompt=NEGATIVE.value,
-        batch=BATCH.value, image=IMAGE.value,
+        low_guidance=LOW_GUIDANCE.value, batch=BATCH.value, image=IMAGE.value,
     )  # fmt: skip
 
 

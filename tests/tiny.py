@@ -68,9 +68,11 @@ def random_params(init, config, key: int = 0) -> dict:
         return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def write_latents(folder, x0, text) -> str:
-    """x0 [n, t, h, w, c] and text [n, l, d] as a data set on disk; guidance's own text is zeros. Returns the folder."""
-    examples = ({"x0": x.astype(np.float32), "text": e.astype(np.float32)} for x, e in zip(x0, text, strict=True))
+def write_latents(folder, x0, text, **conditions) -> str:
+    """x0 [n, t, h, w, c], text [n, l, d] and other conditions [n, ...] as a data set on disk; guidance's own text is
+    zeros. Returns the folder."""
+    given = {"x0": x0, "text": text} | conditions
+    examples = ({name: x[i].astype(np.float32) for name, x in given.items()} for i in range(len(x0)))
     latents.write(folder, examples, {"text": np.zeros(text.shape[1:], np.float32)})
     return str(folder)
 

@@ -17,7 +17,7 @@ import numpy as np
 from rcm_jax.data import LatentsConfig
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.media import text
-from rcm_jax.method import denoiser
+from rcm_jax.method import denoiser, trigflow
 from rcm_jax.method.denoiser import Velocity
 from rcm_jax.models import AUTOENCODERS, check_network, network_of
 from rcm_jax.models.records import record_of
@@ -48,6 +48,7 @@ class Generator:
     run: Any  # the Experiment or Pretraining that says how to sample
     dataset: Dataset  # that of the classes, or for prompts one of zeros
     files: Mapping[str, Any]  # paths, by the keys of FILES; opened when they are needed
+    low: "Generator | None" = None  # the network for little noise, of a pair of which this one is for much
 
     @property
     def media(self) -> Any:
@@ -75,6 +76,11 @@ class Generator:
         return self.run.rcm.guidance if isinstance(self.run, Experiment) else 1.0
 
     @property
+    def noise_range(self) -> trigflow.Range:
+        """Rectified-flow times for which its network is."""
+        return self.run.noise_range if isinstance(self.run, Experiment) else trigflow.WHOLE
+
+    @property
     def network(self) -> Network:
         return make_network(self.run, self.dataset.first)
 
@@ -94,7 +100,7 @@ class Generator:
 
 def load(
     folder, *, step: int | None = None, mode: str | None = None, config: Experiment | None = None,
-    size: tuple[int, int] | None = None, frames: int | None = None, image=None, **files,
+    size: tuple[int, int] | None = None, frames: int | None = None, image=None, low=None, **files,
 ) -> Generator:  # fmt: skip
     """A generator from a workdir of a distillation (its averaged student), of a teacher, or of converted weights.
 
@@ -105,6 +111,7 @@ def load(
       config: what says how to sample; None: the workdir's own.
       size: width and height in pixels; None: the config's. For prompts alone, as what follows.
       frames: of pixels; None: the config's.
+      low: a workdir as `folder`, with the network for little noise of a pair (Wan2.2); `folder` has that for much.
       image: a file whose shape the samples have, in about as many pixels as the config's; for size=None.
       files: text_encoder, tokenizer, vae: paths of the published files around the network, any layout.
 
@@ -135,7 +142,29 @@ def load(
         if size is None and image is not None and getattr(run, "media", None):
             size = images.size_like(run, image)
         dataset = prompts_dataset(run, size, frames)
-    return Generator(as_path(folder), step, known == "teacher", run, dataset, files)
+    generator = Generator(as_path(folder), step, known == "teacher", run, dataset, files)
+    if low is None:
+        return generator
+    return _paired(generator, load(low, mode=mode, config=config, size=size, frames=frames, image=image, **files))
+
+
+def _paired(high: Generator, low: Generator) -> Generator:
+    """Two generators as one; ValueError unless they are a teacher's or a student's networks for the two parts of the
+    noise."""
+    boundary, end = high.noise_range[0], low.noise_range[1]
+    if boundary == 0:
+        raise ValueError(
+            f"--low={low.folder}: {high.folder} is for all noise by rcm.noise_range {list(high.noise_range)}, and "
+            "needs no other: take the config of a pair, say wan2_2_i2v_a14b.py"
+        )
+    if isinstance(workdir.read(low.folder), Experiment) and end != boundary:
+        raise ValueError(f"{high.folder} is for noise from {boundary} on, but --low={low.folder} for noise up to {end}")
+    shapes = [jax.tree.map(lambda x: x.shape, checkpoint.params_of(g.folder, "ema", g.step)[0]) for g in (high, low)]
+    if high.of_teacher != low.of_teacher or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{high.folder} and --low={low.folder} are no pair: both must be teachers, or students, of one size"
+        )
+    return dataclasses.replace(high, low=low)
 
 
 def classes_dataset(run: Any) -> Dataset:
@@ -185,6 +214,7 @@ class Request(NamedTuple):
     seeds: list[int]
     steps: int
     guidance: float | None  # None: of a student that has it built in
+    low_guidance: float | None  # of a pair's network for little noise; None: the same
     batch: int
     encoder: Any = None  # tensors of the text encoder, not read yet
     tokens: Any = None  # (ids, mask) of the prompts and, last, the negative one
@@ -201,10 +231,15 @@ class Request(NamedTuple):
 
 def request(
     generator: Generator, asked, seeds=(0,), *, steps: int | None = None, guidance: float | None = None,
-    negative_prompt: str | None = None, batch: int = 1, image=(),
+    low_guidance: float | None = None, negative_prompt: str | None = None, batch: int = 1, image=(),
 ) -> Request:  # fmt: skip
-    """ValueError for what cannot be sampled. steps, guidance: the config's if None; most students have theirs built
-    in, and take none. image: for networks of image to video, the file of the first frame, or one for each prompt."""
+    """ValueError for what cannot be sampled.
+
+    Args:
+      steps, guidance: the config's if None; most students have their guidance built in, and take none.
+      low_guidance: that of the network for little noise of a pair of teachers; None: the same.
+      image: for networks of image to video, the file of the first frame, or one for each prompt.
+    """
     run, asked, seeds = generator.run, [asked] if isinstance(asked, str) else list(asked), [int(s) for s in seeds]
     if not asked:
         raise ValueError("there is no prompt: give --prompt or --prompts=FILE")
@@ -214,6 +249,8 @@ def request(
         raise ValueError(f"{len(asked):,} × {len(seeds):,} samples are more than {MOST:,}: ask for them in parts")
     guidance = guidance_of(generator, guidance, negative_prompt)
     steps = int(steps or (run.sampling.teacher_steps if generator.of_teacher else len(run.sampling.mid_times)))
+    if low_guidance is not None and not (generator.low and generator.of_teacher):
+        raise ValueError(f"low_guidance {low_guidance} is for a pair of teachers, with --low=DIR")
     make_sampler(generator, generator.network.F, steps, guidance, None)  # are there so many steps?
     checkpoint.params_of(generator.folder, "ema", generator.step)
     if generator.of_classes:
@@ -221,14 +258,16 @@ def request(
         if bad := [str(label) for label in asked if int(label) not in known]:
             raise ValueError(f"there is no class {', '.join(bad)}: the classes are 0 to {len(known) - 1}")
         batch = previews.BATCH if generator.media is None else batch
-        return Request(generator, [int(label) for label in asked], seeds, steps, guidance, batch)
+        return Request(generator, [int(label) for label in asked], seeds, steps, guidance, low_guidance, batch)
     media = generator.media
     encoder = open_weights(media.text_encoder, generator.path("text_encoder"))
     negative = _negative(media, guidance if generator.of_teacher else None, negative_prompt)
     tokens = texts.tokenize(media, generator.path("tokenizer"), [*asked, negative])
     zero_last = media.zero_negative and not negative
     shown = images.read(generator, [image] if isinstance(image, str | os.PathLike) else list(image), len(asked))
-    return Request(generator, asked, seeds, steps, guidance, batch, encoder, tokens, negative, zero_last, shown)
+    return Request(
+        generator, asked, seeds, steps, guidance, low_guidance, batch, encoder, tokens, negative, zero_last, shown
+    )
 
 
 def guidance_of(generator: Generator, given: float | None, negative_prompt: str | None = None) -> float | None:
@@ -295,12 +334,28 @@ def restore(network: Network, folder, step: int | None, mesh):
     return checkpoint.restore_item(folder, "ema", abstract, step)
 
 
-def make_sampler(generator: Generator, F: Velocity, steps: int, guidance: float | None, uncond) -> Callable:
-    """Its teacher_sampler or student_sampler; uncond: what a teacher's guidance replaces, without a batch axis."""
+def make_sampler(
+    generator: Generator, F: Velocity, steps: int, guidance: float | None, uncond, low_guidance: float | None = None
+) -> Callable:
+    """Its teacher_sampler or student_sampler; uncond: what a teacher's guidance replaces, without a batch axis.
+
+    A pair's takes a pair of parameters. ValueError for one network of a pair.
+    """
+    sampling, boundary = generator.run.sampling, generator.noise_range[0]
+    if generator.low is None and generator.noise_range != trigflow.WHOLE:
+        raise ValueError(
+            f"{generator.folder} is for a part of the noise, {list(generator.noise_range)}: --checkpoint and --low "
+            "name the two networks of a pair, first that for much noise"
+        )
+    low = F
     if generator.of_teacher:
-        guided = denoiser.guided(F, 1.0 if guidance is None else guidance)
-        return teacher_sampler(guided, uncond, generator.run.sampling, steps)
-    return student_sampler(F, generator.run.sampling, steps, guidance)
+        w = 1.0 if guidance is None else guidance
+        F, low = denoiser.guided(F, w), denoiser.guided(F, w if low_guidance is None else low_guidance)
+    if generator.low:
+        F = denoiser.by_noise_level(F, low, boundary)
+    if generator.of_teacher:
+        return teacher_sampler(F, uncond, sampling, steps)
+    return student_sampler(F, sampling, steps, guidance)
 
 
 def counted(F: Velocity, tick: Callable[[], object]) -> Velocity:
@@ -329,8 +384,10 @@ def load_sampler(wanted: Request, uncond, batch: int, tick: Callable[[], object]
     generator, network = wanted.generator, wanted.generator.network
     mesh = make_sampling_mesh(generator.run, generator.shape, batch)
     params = restore(network, generator.folder, generator.step, mesh)
+    if generator.low:
+        params = params, restore(network, generator.low.folder, generator.low.step, mesh)
     F = counted(network.F, tick) if tick else network.F
-    return Loaded(mesh, params, make_sampler(generator, F, wanted.steps, wanted.guidance, uncond))
+    return Loaded(mesh, params, make_sampler(generator, F, wanted.steps, wanted.guidance, uncond, wanted.low_guidance))
 
 
 def sample(wanted: Request, given: tuple[dict, dict], tick: Callable[[], object] | None = None) -> Samples:

@@ -168,6 +168,7 @@ def _settings(suite: Suite, wanted: generate.Request) -> dict:
     _, step = checkpoint.params_of(generator.folder, "ema", generator.step)
     return json.loads(json.dumps({
         "suite": suite.kind, "sha256": suite.digest, "checkpoint": str(generator.folder), "step": step,
+        "low": str(generator.low.folder) if generator.low else None, "low_guidance": wanted.low_guidance,
         "teacher": generator.of_teacher, "steps": wanted.steps, "guidance": wanted.guidance,
         "negative_prompt": wanted.negative, "seeds": wanted.seeds, "latents": generator.shape,
         "sampling": to_mapping(generator.run.sampling), "files": {k: str(v) for k, v in generator.files.items()},

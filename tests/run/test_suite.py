@@ -26,7 +26,7 @@ def wanted(run=wan_1_3b, seeds=(0, 1)):
     """A request in the shapes of tiny Wan or Cosmos; its weights are not there."""
     run = run.tiny(run.EXPERIMENT)
     generator = generate.Generator("ckpt", None, False, run, generate.prompts_dataset(run), {})
-    return generate.Request(generator, [], list(seeds), 4, None, 1)
+    return generate.Request(generator, [], list(seeds), 4, None, None, 1)
 
 
 @pytest.fixture

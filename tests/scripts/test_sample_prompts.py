@@ -18,7 +18,8 @@ from rcm_jax.media import text, vae
 from rcm_jax.method import samplers
 from rcm_jax.method.samplers import unit_noise
 from rcm_jax.models import t5, wan_vae
-from rcm_jax.run import generate, pixels, workdir
+from rcm_jax.run import pixels as pixels_of
+from rcm_jax.run import workdir
 from rcm_jax.run.experiment import Predictor
 from tests import cosmos, tiny, wan
 from tests.media.test_text import WORDS, write_tokenizer
@@ -119,7 +120,7 @@ def test_prompts_and_seeds_become_videos_latents_and_a_sheet(run_script, publish
     assert relative(x0[names[0]], x0[names[1]]) > 0.1 and relative(x0[names[0]], x0[names[2]]) > 1e-4
     media = WAN.media
     decoder = tiny.random_params(wan_vae.init, media.vae)
-    frames = np.stack(list(pixels.frames(media, decoder, x0[names[0]])))
+    frames = np.stack(list(pixels_of.frames(media, decoder, x0[names[0]])))
     seen = video(tmp_path / f"v-{names[0]}.mp4")
     assert frames.shape == seen.shape == (5, 32, 48, 3)
     pixels = vae.decode(media.vae, decoder, x0[names[0]][None])[0]

@@ -1,0 +1,163 @@
+"""Image to video from a set of latents to a sample, tiny: training of a pair as Wan2.2's, and an image that is never
+lost on the way."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import rcm_jax
+from configs import wan2_2_i2v_a14b, wan_i2v_14b
+from rcm_jax import convert
+from rcm_jax.convert.files import write_tensors
+from rcm_jax.data import latents
+from rcm_jax.method import denoiser
+from rcm_jax.models import init as init_network
+from rcm_jax.models import t5, wan_vae
+from rcm_jax.run import generate, images, pipeline, workdir
+from rcm_jax.run.experiment import Predictor, from_mapping
+from rcm_jax.run.program import make_network
+from rcm_jax.train.metrics import read_metrics
+from rcm_jax.util.config import revise
+from tests import tiny
+from tests.media.test_text import WORDS, write_tokenizer
+from tests.tiny import relative
+
+fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compilation)
+
+HIGH, LOW = (from_mapping(wan2_2_i2v_a14b.get_config(v).to_dict()) for v in ("tiny", "tiny,low"))
+MEDIA = HIGH.media
+
+
+@functools.cache
+def params_of(kind, config, key=0):
+    return jax.tree.map(np.asarray, tiny.random_params(kind, config, key))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a set of latents with y, published files around the network, and two images."""
+    folder, rng = tmp_path_factory.mktemp("world"), np.random.default_rng(0)
+    x0, text, y = (rng.normal(size=(8, *shape)) for shape in ((2, 4, 6, 4), (6, 8), (2, 4, 6, 8)))
+    tiny.write_latents(folder / "latents", x0, text, y=y)
+    write_tokenizer(folder / "tokenizer", WORDS)
+    encoder, autoencoder = params_of(t5.init, MEDIA.text_encoder), params_of(wan_vae.init, MEDIA.vae)
+    write_tensors(folder / "t5", convert.to_reference("umt5", encoder, MEDIA.text_encoder, "official"))
+    write_tensors(folder / "vae", convert.to_reference("wan_vae", autoencoder, MEDIA.vae, "diffusers"))
+    for name, size in {"wide": (60, 40), "other": (48, 32), "square": (40, 40)}.items():
+        Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)).save(folder / f"{name}.png")
+    for key, name in enumerate(("teacher_high", "teacher_low")):
+        params = params_of(init_network, HIGH.model, key)
+        workdir.write_converted(folder / name, Predictor(HIGH.model), params)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(world):
+    return {name: world / file for name, file in (("text_encoder", "t5"), ("tokenizer", "tokenizer"), ("vae", "vae"))}
+
+
+@pytest.fixture(scope="module")
+def pair(world):
+    """Workdirs of two students, each trained by rCM on its part of the noise."""
+    for run, name in ((HIGH, "high"), (LOW, "low")):
+        changes = {"data.path": str(world / "latents"), "teacher": str(world / f"teacher_{name}")}
+        changes |= {"train.steps": run.rcm.warmup + 3, "train.sample_every": 3, "train.checkpoint_every": 50}
+        pipeline.train(revise(run, changes), world / name)
+    return world / "high", world / "low"
+
+
+def test_each_network_of_a_pair_is_trained_and_shown_on_its_own_part_of_the_noise(pair):
+    for folder in pair:
+        rows = read_metrics(folder)
+        assert {"scm/loss", "dmd/loss", "critic/loss", "preview/std"} <= set().union(*rows)
+        assert not any(row.get("student/skipped") or row.get("critic/skipped") for row in rows)
+        times = {name.rpartition("/t")[2] for row in rows for name in row if name.startswith("scm/tangent_norm/t")}
+        assert times <= ({"3"} if folder == pair[0] else {"0", "1", "2", "3"})  # tau = 0.9 is t = 1.46
+
+
+def test_a_pair_samples_what_an_image_shows(pair, files, world):
+    generator = rcm_jax.load(pair[0], low=pair[1], **files)
+    one = generator(["a cat"], [3], image=world / "wide.png").latents
+    assert one.shape == (1, 1, 2, 4, 6, 4) and np.isfinite(one).all()
+    again = generator(["a cat", "a cat"], [3], image=[world / "wide.png", world / "other.png"], batch=2).latents
+    assert relative(again[0], one[0]) < 2e-2  # bfloat16, in another program
+    assert relative(again[1], again[0]) > 0.05
+
+    wanted = generate.request(generator, ["a cat"], [3], image=world / "wide.png")
+    cond, uncond = generate.conditions(wanted)
+    mesh, params, sampler = generate.load_sampler(wanted, uncond, 1)
+    assert len(params) == 2 and relative(*(jax.tree.leaves(p)[0] for p in params)) > 1e-3
+    low_changed = params[0], jax.tree.map(lambda x: x + 0.1, params[1])
+    with jax.set_mesh(mesh):
+        other = generate.draw(sampler, low_changed, cond, [3], generator.shape, 1)
+    assert relative(other, one) > 1e-3  # both take part
+
+
+def test_teachers_are_sampled_together_each_with_its_guidance(files, world):
+    generator = rcm_jax.load(
+        world / "teacher_high", low=world / "teacher_low", mode="teacher", config=HIGH, **files
+    )  # fmt: skip
+    options = dict(image=world / "wide.png", steps=4, negative_prompt="a")
+    alike, differ = (generator(["a cat"], [0], low_guidance=w, **options).latents for w in (None, 1.0))
+    assert relative(differ, alike) > 1e-4
+    np.testing.assert_array_equal(generator(["a cat"], [0], low_guidance=3.5, **options).latents, alike)
+
+
+def test_the_first_frame_reaches_F_its_tangent_and_guidance(world):
+    """From the file, by the loader and the program: another y is another F, another tangent, another guided F."""
+    dataset = latents.load(revise(HIGH.data, {"path": str(world / "latents")}))
+    run = revise(HIGH, {"model.dtype": "float32", "model.remat": "none"})
+    network = make_network(run, dataset.first)
+    batch = dataset.train[np.arange(4)]
+    assert batch["cond"]["y"].shape == (4, 2, 4, 6, 8)
+    params, t = params_of(init_network, HIGH.model), jnp.full(4, 1.5)
+    guided = denoiser.guided(network.F, 3.5)
+
+    def answers(y):
+        cond = batch["cond"] | {"y": y}
+        F, dF = jax.jvp(lambda x, t: network.F(params, x, t, cond), (batch["x0"], t), (batch["x0"], jnp.ones(4)))
+        return F, dF, guided(params, batch["x0"], t, (cond, dataset.uncond))
+
+    answers = jax.jit(answers)
+    y = batch["cond"]["y"]
+    other = y.copy()
+    other[:, 0] += 1  # the first frame alone
+    for name, before, after in zip(("F", "tangent", "guided"), answers(y), answers(other), strict=True):
+        assert relative(after, before) > 1e-3, name
+
+
+def test_the_size_is_that_of_the_image_in_about_the_area_of_the_config(world):
+    assert images.size_like(HIGH, world / "other.png") == (48, 32)  # the config's own
+    assert images.size_like(HIGH, world / "square.png") == (32, 32)  # tokens are 16 pixels wide
+    real = wan2_2_i2v_a14b.EXPERIMENT
+    assert images.size_like(real, world / "other.png") == (768, 512)  # 3:2, of 832 × 480 = 399,360
+
+
+@pytest.mark.parametrize(
+    ("load", "ask", "message"),
+    [
+        ({}, {}, "name the two networks of a pair"),
+        ({"low": "low"}, {}, "none is given for 1 prompts: --image=FILE"),
+        ({"low": "low"}, {"image": ["wide.png", "other.png"]}, "2 are given for 1 prompts"),
+        ({"low": "low"}, {"image": ["square.png"]}, "40x40 pixels, and samples of 48x32 would cut 33% of it off"),
+        ({"low": "low"}, {"image": ["nothing.png"]}, "nothing.png"),
+        ({"low": "high"}, {}, "for noise from 0.9 on, but"),
+        ({"low": "teacher_low"}, {}, "say --mode="),
+        ({"low": "low"}, {"image": ["wide.png"], "low_guidance": 2.0}, "pair of teachers"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(pair, world, files, load, ask, message):
+    given = {name: world / folder for name, folder in load.items()}
+    image = [world / name for name in ask.get("image", [])]
+    with pytest.raises((ValueError, OSError), match=message):
+        generate.request(rcm_jax.load(pair[0], **given, **files), ["a"], **(ask | {"image": image}))
+
+
+def test_a_network_of_text_takes_no_image_and_clip_features_are_asked_for(world):
+    clip = from_mapping(wan_i2v_14b.get_config("tiny").to_dict())
+    assert images.taken(clip.model, clip.data.shape) == {"y", "clip_features"}
+    assert images.taken(HIGH.model, HIGH.data.shape) == {"y"}
