@@ -36,10 +36,12 @@ def init(config, key):
 
 
 def token_grid(config, shape) -> tuple[int, ...] | None:
-    """Frames, rows and columns of tokens of samples [t, h, w, c] or [h, w, c]; None for a network without tokens."""
+    """Frames, rows and columns of tokens of samples [t, h, w, c] or [h, w, c], with known frames before them; None for
+    a network without tokens."""
     if (patch := network_of(config).patch(config)) is None:
         return None
-    latents = (1, *shape[:-1])[-3:]
+    t, h, w = (1, *shape[:-1])[-3:]
+    latents = t + network_of(config).known_frames(config), h, w
     return tuple(int(n) // p for n, p in zip(latents, patch, strict=True))
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -18,11 +19,17 @@ class Network(NamedTuple):
     conditions: Callable[[Any, tuple], dict[str, jax.ShapeDtypeStruct]]  # (config, shape of x) -> those of one sample
     smallest: Callable[[Any], tuple]  # config -> a shape of x that it takes; parameters depend on no other
     patch: Callable[[Any], Any] = lambda config: None  # frames, rows, columns of latents in a token; None: no tokens
+    known_frames: Callable[[Any], int] = lambda config: 0  # given before x as the condition "known"
     parametrization: str = "trigflow"  # what it predicts unless a config says otherwise; rcm_jax.method.denoiser
     time_scale: float = 1.0  # it is given time_scale × its own time
     optional: tuple[str, ...] = ()  # conditions that it can do without: "guidance", "dropout"
     normalised: Callable[[Any], Any] | None = None  # parameters -> those that a training step starts from
     published: Mapping[str, Any] = NONE
+
+
+def known_condition(frames: int, shape) -> dict[str, jax.ShapeDtypeStruct]:
+    """{"known": of one sample} for a network that is given so many frames [k, h, w, c] before x [t, h, w, c], or {}."""
+    return {"known": jax.ShapeDtypeStruct((frames, *shape[1:]), np.float32)} if frames else {}
 
 
 class TextEncoder(NamedTuple):
