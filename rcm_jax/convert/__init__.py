@@ -8,7 +8,20 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rcm_jax.convert import clip_vision, cosmos, edm, edm2, efficientnet, inception, sd_vae, t5, table, wan, wan_vae
+from rcm_jax.convert import (
+    clip_vision,
+    cosmos,
+    edm,
+    edm2,
+    efficientnet,
+    inception,
+    sd_vae,
+    t5,
+    table,
+    wan,
+    wan22_vae,
+    wan_vae,
+)
 from rcm_jax.models import NETWORKS
 from rcm_jax.util.config import build
 
@@ -21,6 +34,7 @@ MODELS = {
     "umt5": t5.CONVERSION,
     "clip_vision": clip_vision.CONVERSION,
     "wan_vae": wan_vae.CONVERSION,
+    "wan22_vae": wan22_vae.CONVERSION,
     "sd_vae": sd_vae.CONVERSION,
     "inception": inception.CONVERSION,
     "efficientnet": efficientnet.CONVERSION,
