@@ -72,6 +72,7 @@ BUCKETS = flags.DEFINE_list("buckets", [], "Sizes, e.g. 832x480,480x832: each vi
 FPS = flags.DEFINE_float("fps", None, "Frames in a second; the config's if not given.", lower_bound=1e-3)
 CLIPS = flags.DEFINE_integer("clips", 1, "Clips of every video, at most, one after the other.", lower_bound=1)
 FIRST_FRAME = flags.DEFINE_bool("first_frame", False, "Add the condition y of image to video.")
+CLIP = flags.DEFINE_string("clip", None, "Published weights of CLIP's image encoder: adds Wan2.1's clip_features.")
 
 
 def main():
@@ -159,7 +160,7 @@ def from_videos(run):
     return videos(
         run, VAE.value, VIDEOS.value, captions=CAPTIONS.value, fps=FPS.value, frames=FRAMES.value, clips=CLIPS.value,
         buckets=[common.as_size("--buckets", size) for size in BUCKETS.value], first_frame=FIRST_FRAME.value,
-        tile=TILE.value,
+        tile=TILE.value, clip=CLIP.value,
     )  # fmt: skip
 
 
@@ -183,7 +184,7 @@ class Kind(NamedTuple):
 
 SOURCES = {
     PROMPTS.name: Kind(from_prompts, (TEACHER, EACH, SEED, STEPS, GUIDANCE, BATCH, SIZE, FRAMES), sampled=True),
-    VIDEOS.name: Kind(from_videos, (CAPTIONS, BUCKETS, FPS, CLIPS, FIRST_FRAME, FRAMES), sampled=False),
+    VIDEOS.name: Kind(from_videos, (CAPTIONS, BUCKETS, FPS, CLIPS, FIRST_FRAME, CLIP, FRAMES), sampled=False),
     SHARDS.name: Kind(from_shards, (), sampled=True),
     IMAGES.name: Kind(from_images, (BATCH,), sampled=False),
 }

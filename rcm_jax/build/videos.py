@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -14,21 +14,27 @@ from tqdm import tqdm
 from rcm_jax import convert
 from rcm_jax.build.source import Example, Item, Source
 from rcm_jax.media import vae
+from rcm_jax.media.clip import clip_features
 from rcm_jax.media.clips import THREADS, Footage, bucket_of, list_files, probe, read_captions, read_clip
 from rcm_jax.media.first_frame import check_conditions
 from rcm_jax.media.first_frame import first_frame as condition_of
+from rcm_jax.models.clip_vision import PUBLISHED, ClipVisionConfig
 from rcm_jax.run.experiment import Experiment
 from rcm_jax.run.generate import latents_shape, prompts_dataset
 from rcm_jax.run.pixels import open_weights
 from rcm_jax.util.files import as_path
+
+# (shape of x0) -> its shape, and (first frame [H, W, 3] in [-1, 1]) -> its value.
+Condition = tuple[Callable[[tuple], tuple], Callable[[np.ndarray], np.ndarray]]
 
 
 def videos(
     run: Experiment, vae_path: str | os.PathLike, folder: str | os.PathLike, *,
     captions: str | os.PathLike | None = None, buckets: Sequence[tuple[int, int]] = (), fps: float | None = None,
     frames: int | None = None, clips: int = 1, first_frame: bool = False, tile: int | None = None,
+    clip: str | os.PathLike | None = None, clip_config: ClipVisionConfig = PUBLISHED["wan-clip-vit-h"],
 ) -> Source:  # fmt: skip
-    """Clips of all videos and images of a folder, by path and then by time: x0 float32 and, if asked for, y.
+    """Clips of all videos and images of a folder, by path and then by time: x0 float32 and, if asked for, conditions.
 
     Args:
       run: what says how pixels become latents: its media, and the shape of its data.
@@ -41,6 +47,7 @@ def videos(
       clips: most clips of a video, one after the other from its beginning, none cut short.
       first_frame: each example has y, the condition of image to video.
       tile: bounds the memory of the device, as in vae.encode.
+      clip: published weights of CLIP's image encoder, of clip_config: each example has clip_features, of its start.
 
     Files that cannot be read or are too short are `bad`. ValueError for sizes that cannot be, other conditions than the
     network takes, captions that are missing or left over: those are named.
@@ -53,9 +60,11 @@ def videos(
         raise ValueError(f"fps {rate} must be above 0, and clips {clips} at least 1")
     sizes = [(width, height) for width, height in buckets] or [(w * stride[2], h * stride[1])]
     shapes = {size: latents_shape(run, size, count) for size in sizes}
+    encoder = _encoder(config, vae_path)
+    told = _of_first_frame(config, encoder, t, tile) if first_frame else {}
+    told |= _of_clip(clip_config, clip) if clip is not None else {}
     for shape in shapes.values():
-        check_conditions(run.model, shape, {"y": (*shape[:-1], stride[0] + config.z_dim)} if first_frame else {})
-    open_weights(config, vae_path)
+        check_conditions(run.model, shape, {name: shape_of(shape) for name, (shape_of, _) in told.items()})
     prompts = dict(zip(names, read_captions(place, names, captions), strict=True))
     items, bad = [], {}
     for name, found in zip(names, _probe_all(place, names, count, rate), strict=True):
@@ -65,11 +74,6 @@ def videos(
             shape = shapes[bucket_of(found.width, found.height, sizes)]
             items += [_item(name, prompts[name], shape, found, start) for start in _starts(found, count, rate)[:clips]]
 
-    @functools.cache
-    def encoder():
-        params = convert.from_reference(convert.name_of(config), open_weights(config, vae_path), config)
-        return jax.device_put({"encoder": params["encoder"]})
-
     def prepare(item: Item) -> np.ndarray:
         size = item.shape[2] * stride[2], item.shape[1] * stride[1]
         return read_clip(place / item.origin["file"], item.origin["start"], count, rate, size)
@@ -77,11 +81,45 @@ def videos(
     def make(items, prepared, texts) -> list[Example]:
         pixels = prepared[0].astype(np.float32) / 127.5 - 1
         x0 = np.asarray(vae.encode(config, encoder(), pixels[None], tile=tile)[0], np.float32)
-        return [{"x0": x0} | ({"y": condition_of(config, encoder(), pixels[0], t, tile=tile)} if first_frame else {})]
+        return [{"x0": x0} | {name: value(pixels[0]) for name, (_, value) in told.items()}]
 
     settings = {"kind": "videos", "frames": count, "fps": rate, "clips": clips, "buckets": [list(s) for s in sizes]}
     settings |= {"first_frame": first_frame, "tile": tile, "vae": os.fspath(vae_path), "vae_bytes": _bytes(vae_path)}
+    settings |= {} if clip is None else {"clip": os.fspath(clip), "clip_bytes": _bytes(clip)}
     return Source(items, settings, make, prepare, bad=bad)
+
+
+def _encoder(config, path) -> Callable[[], Any]:
+    """What reads the weights of an encoder, when they are needed; ValueError unless they are there and fit."""
+    tensors = open_weights(config, path)
+
+    @functools.cache
+    def encoder():
+        params = convert.from_reference(convert.name_of(config), tensors, config)
+        return jax.device_put({"encoder": params["encoder"]} if "encoder" in params else params)
+
+    return encoder
+
+
+def _of_first_frame(config, encoder, t: int, tile: int | None) -> dict[str, Condition]:
+    """The condition y of an autoencoder for t frames of latents."""
+    return {
+        "y": (
+            lambda shape: (*shape[:-1], config.stride[0] + config.z_dim),
+            lambda frame: condition_of(config, encoder(), frame, t, tile=tile),
+        )
+    }
+
+
+def _of_clip(config: ClipVisionConfig, path) -> dict[str, Condition]:
+    """The condition clip_features of an image encoder."""
+    encoder = _encoder(config, path)
+    return {
+        "clip_features": (
+            lambda shape: (config.tokens, config.hidden_size),
+            lambda frame: clip_features(config, encoder(), frame[None])[0],
+        )
+    }
 
 
 def _item(name: str, prompt: str, shape: tuple[int, ...], found: Footage, start: float) -> Item:

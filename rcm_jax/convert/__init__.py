@@ -8,7 +8,20 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rcm_jax.convert import cosmos, edm, edm2, efficientnet, inception, sd_vae, t5, table, wan, wan_vae
+from rcm_jax.convert import (
+    clip_vision,
+    cosmos,
+    edm,
+    edm2,
+    efficientnet,
+    inception,
+    sd_vae,
+    t5,
+    table,
+    wan,
+    wan22_vae,
+    wan_vae,
+)
 from rcm_jax.models import NETWORKS
 from rcm_jax.util.config import build
 
@@ -19,14 +32,16 @@ MODELS = {
     "edm2": edm2.CONVERSION,
     "t5": t5.CONVERSION,
     "umt5": t5.CONVERSION,
+    "clip_vision": clip_vision.CONVERSION,
     "wan_vae": wan_vae.CONVERSION,
+    "wan22_vae": wan22_vae.CONVERSION,
     "sd_vae": sd_vae.CONVERSION,
     "inception": inception.CONVERSION,
     "efficientnet": efficientnet.CONVERSION,
 }
 GENERATORS = [name for name in MODELS if name in NETWORKS]
 PUBLISHED = {name: (kind, config) for kind in GENERATORS for name, config in NETWORKS[kind].published.items()}
-# Text encoders and autoencoders are read from their published files whenever they are needed.
+# Encoders and autoencoders are read from their published files whenever they are needed.
 PUBLISHED_AROUND = {
     name: (kind, config)
     for kind, model in MODELS.items()

@@ -85,18 +85,23 @@ MODULES = {
 
 
 class Rule(NamedTuple):
-    """One array of ours: its path, its name in the layout (with "{}" if it is stacked) and its form there."""
+    """One array of ours: its path, its name in the layout (with "{}" if it is stacked) and its form there.
+
+    parts: where the layout has several tensors for it, what "{part}" is in their names; each is an equal part of our
+    last axis.
+    """
 
     ours: str
     theirs: str
     form: Form
+    parts: tuple[str, ...] = ()
 
 
 class Entry(NamedTuple):
-    """One tensor of a layout: its rule, its layer (None if it is not stacked) and its shape."""
+    """One tensor of a layout: its rule, its index in our array (a layer, a part; None: it is all of it), its shape."""
 
     rule: Rule
-    layer: int | None
+    layer: int | tuple | None
     shape: tuple[int, ...]
 
 
@@ -151,17 +156,31 @@ def entries_of_rules(rules: Iterable[Rule], shapes: Mapping[str, tuple]) -> dict
     if sorted(paths) != sorted(shapes):
         wrong = {*paths} ^ {*shapes} or {path for path in paths if paths.count(path) > 1}
         raise ValueError(f"the conversion table does not cover the parameters exactly once: {sorted(wrong)}")
-    entries = {}
-    for rule in rules:
-        shape = shapes[rule.ours]
-        if "{}" in rule.theirs:
-            theirs = rule.form.shape(shape[1:])
-            entries |= {rule.theirs.format(i): Entry(rule, i, theirs) for i in range(shape[0])}
-        else:
-            entries[rule.theirs] = Entry(rule, None, rule.form.shape(shape))
-    if len(entries) != sum(shapes[rule.ours][0] if "{}" in rule.theirs else 1 for rule in rules):
+    found = [(rule, *tensor) for rule in rules for tensor in _tensors_of(rule, shapes[rule.ours])]
+    entries = {name: Entry(rule, index, rule.form.shape(shape)) for rule, name, index, shape in found}
+    if len(entries) != len(found):
         raise ValueError("the conversion table gives one name to two tensors")
     return entries
+
+
+def _tensors_of(rule: Rule, shape: tuple) -> list[tuple[str, Any, tuple]]:
+    """(name, index in our array, our shape there) of each tensor of a rule, for an array of that shape."""
+    if "{}" in rule.theirs:
+        whole = [(rule.theirs.replace("{}", str(i)), i, shape[1:]) for i in range(shape[0])]
+    else:
+        whole = [(rule.theirs, None, shape)]
+    if not rule.parts:
+        return whole
+    width = shape[-1] // len(rule.parts)
+    return [
+        (
+            name.replace("{part}", part),
+            (*(() if layer is None else (layer,)), ..., slice(i * width, (i + 1) * width)),
+            (*rest[:-1], width),
+        )
+        for name, layer, rest in whole
+        for i, part in enumerate(rule.parts)
+    ]
 
 
 def without_prefix(tensors: Mapping) -> Mapping:

@@ -4,6 +4,8 @@
 "diffusers": AutoencoderKLWan (a list for each stage of the decoder, but not of the encoder).
 """
 
+from collections.abc import Collection, Sequence
+
 from rcm_jax.convert.table import Conversion, Rule, columns_of, rules_of_modules, shapes_of
 from rcm_jax.models import wan_vae
 from rcm_jax.models.wan_vae import WanVAEConfig
@@ -55,13 +57,17 @@ def _places(config: WanVAEConfig):
 
 def layouts(config: WanVAEConfig) -> dict[str, list[Rule]]:
     """The rules of every layout."""
-    here = shapes_of(wan_vae.init, config)
+    return layouts_of(list(_places(config)), shapes_of(wan_vae.init, config))
+
+
+def layouts_of(places: Sequence[tuple], here: Collection[str]) -> dict[str, list[Rule]]:
+    """The same from what `_places` gives and the paths of our parameters."""
 
     def rules(column):
         found = rules_of_modules(columns_of(OUTSIDE, column))
         for half in ("encoder", "decoder"):
             found += rules_of_modules(columns_of(HALF, column), f"{half}/", f"{half}.")
-        for half, *names, modules in _places(config):
+        for half, *names, modules in places:
             found += rules_of_modules(columns_of(modules, column), f"{half}/{names[0]}/", f"{half}.{names[column]}.")
         return [rule for rule in found if rule.ours in here]  # not every block has a shortcut, and so on
 

@@ -34,12 +34,11 @@ def check_conditions(model, shape, brought: dict[str, tuple[int, ...]]) -> None:
     """ValueError unless a network takes, for x of that shape and beside text, what is brought: {name: shape}."""
     takes: dict[str, jax.ShapeDtypeStruct] = network_of(model).conditions(model, tuple(shape))
     wanted = {name: condition.shape for name, condition in takes.items() if name != "text"}
-    if "clip_features" in wanted:
-        raise ValueError(
-            "this network (clip_dim above 0) takes clip_features, of a CLIP encoder that is not here: sets of latents "
-            "can be built for networks without them, e.g. wan2.2-i2v-a14b"
-        )
     if wanted != brought:
         told = [", ".join(f"{name} {list(s)}" for name, s in given.items()) or "nothing" for given in (wanted, brought)]
-        way = "; the first frame of videos is y (first_frame)" if "y" in {**wanted, **brought} else ""
+        ways = {
+            "y": "the first frame of videos is y (first_frame)",
+            "clip_features": "CLIP's features of it are --clip",
+        }
+        way = "".join(f"; {ways[name]}" for name in ways if name in wanted or name in brought)
         raise ValueError(f"beside text this network takes {told[0]}, but this set has {told[1]}{way}")

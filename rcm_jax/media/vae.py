@@ -1,4 +1,4 @@
-"""Videos to latents and back with the Wan2.1 autoencoder: in chunks of frames and, if wanted, in tiles.
+"""Videos to latents and back with a Wan autoencoder: in chunks of frames and, if wanted, in tiles.
 
 Device memory is that of one chunk (4 frames of pixels, 1 of latents) and of the cache, however long the video is; the
 whole video stays where it is, and what comes out whole is a numpy array on the host. Compiled once for each shape of a
@@ -30,7 +30,8 @@ def encode(config, params, pixels: Pixels, *, tile: int | None = None, overlap: 
     Args:
       config: of the network.
       params: its parameters {"encoder": …}; what is on the host goes to the device once.
-      pixels: in [-1, 1], t = 1 + 4n, h and w multiples of 8, for x0 [b, 1 + n, h/8, w/8, z_dim]; best a numpy array.
+      pixels: in [-1, 1], t = 1 + 4n, h and w multiples of 8 (Wan2.2: 16), for x0 [b, 1 + n, h/8, w/8, z_dim]; best a
+        numpy array.
       tile: most rows and columns of latents at once; None: all.
       overlap: rows and columns of latents over which neighbouring tiles are blended linearly; None: tile // 4.
 

@@ -6,7 +6,7 @@ A new network is a file with its record, and a line here.
 import jax.numpy as jnp
 import numpy as np
 
-from rcm_jax.models import cosmos, dit, edm2_unet, edm_unet, mlp, sd_vae, t5, wan, wan_vae
+from rcm_jax.models import clip_vision, cosmos, dit, edm2_unet, edm_unet, mlp, sd_vae, t5, wan, wan22_vae, wan_vae
 from rcm_jax.models.records import Network, record_of
 from rcm_jax.parallel.sharding import check_sequence
 
@@ -19,7 +19,12 @@ NETWORKS = {
     "edm2": edm2_unet.NETWORK,
 }
 TEXT_ENCODERS = {"t5": t5.TEXT_ENCODER}
-AUTOENCODERS = {"wan_vae": wan_vae.AUTOENCODER, "sd_vae": sd_vae.AUTOENCODER}
+IMAGE_ENCODERS = {"clip_vision": clip_vision.IMAGE_ENCODER}
+AUTOENCODERS = {
+    "wan_vae": wan_vae.AUTOENCODER,
+    "wan22_vae": wan22_vae.AUTOENCODER,
+    "sd_vae": sd_vae.AUTOENCODER,
+}
 
 
 def network_of(config) -> Network:

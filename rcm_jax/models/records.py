@@ -42,6 +42,14 @@ class TextEncoder(NamedTuple):
     published: Mapping[str, Any] = NONE
 
 
+class ImageEncoder(NamedTuple):
+    """module(config) is applied to normalised images [b, h, w, 3]: features [b, tokens of the config, its width]."""
+
+    config: type
+    module: type[nn.Module]
+    published: Mapping[str, Any] = NONE
+
+
 class Autoencoder(NamedTuple):
     """Both halves are applied to (chunk of a video, cache) and return (chunk, cache).
 

@@ -164,16 +164,17 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the rows and columns, half the channels; in time two frames for each but the first.
+    """Twice the rows and columns, half the channels (Wan2.2: all); in time two frames for each but the first.
 
     The first frame of a video is left alone, and the convolution over the others sees zeros in its place.
     """
 
     in_time: bool
     dtype: str
+    halving: bool = True
 
     @nn.compact
-    def __call__(self, x: Video, cache: dict) -> tuple[Float[Array, "b s 2*h 2*w c/2"], dict]:
+    def __call__(self, x: Video, cache: dict) -> tuple[Float[Array, "b s 2*h 2*w f"], dict]:
         after = {}
         if self.in_time:
             past = cache["time_conv"] if cache else no_frames(x)
@@ -184,13 +185,13 @@ class Upsample(nn.Module):
                 rest = jnp.stack(jnp.split(pairs, 2, axis=-1), axis=2).reshape(b, 2 * t, h, w, c)
             x, after = jnp.concatenate([first, rest], axis=1), {"time_conv": past}
         x = x.repeat(2, axis=2).repeat(2, axis=3)
-        return conv(x.shape[-1] // 2, (3, 3), "conv", self.dtype)(x), after
+        return conv(x.shape[-1] // (2 if self.halving else 1), (3, 3), "conv", self.dtype)(x), after
 
 
-def _middle(c: WanVAEConfig):
+def middle(features: int, dtype: str) -> list[nn.Module]:
     """The layers at the lowest resolution."""
-    first, last = (Block(c.dim * c.dim_mult[-1], c.dtype, name=f"middle_block_{i}") for i in range(2))
-    return [first, Attention(c.dtype, name="middle_attention"), last]
+    first, last = (Block(features, dtype, name=f"middle_block_{i}") for i in range(2))
+    return [first, Attention(dtype, name="middle_attention"), last]
 
 
 def _stages(c: WanVAEConfig, dim_mult, blocks: int, resample, in_time):
@@ -203,12 +204,19 @@ def _stages(c: WanVAEConfig, dim_mult, blocks: int, resample, in_time):
     return layers
 
 
-def _run(x: Video, cache: dict, layers, features: tuple[int, int], dtype) -> tuple[Video, dict]:
-    """(y, cache) of layers between two causal convolutions to so many features."""
+def through(x: Video, cache: dict, layers) -> tuple[Video, dict]:
+    """(y, cache) of layers one after the other."""
     after = {}
-    x, after["conv_in"] = causal_conv(x.astype(dtype), cache.get("conv_in"), features[0], "conv_in", dtype)
     for layer in layers:
         x, after[layer.name] = layer(x, cache.get(layer.name, {}))
+    return x, after
+
+
+def half(x: Video, cache: dict, layers, features: tuple[int, int], dtype) -> tuple[Video, dict]:
+    """(y, cache) of layers between two causal convolutions to so many features: most of an encoder or a decoder."""
+    x, first = causal_conv(x.astype(dtype), cache.get("conv_in"), features[0], "conv_in", dtype)
+    x, after = through(x, cache, layers)
+    after["conv_in"] = first
     x = nn.silu(Norm(name="norm_out")(x))
     x, after["conv_out"] = causal_conv(x, cache.get("conv_out"), features[1], "conv_out", dtype)
     return x, after
@@ -227,8 +235,9 @@ class Encoder(nn.Module):
     def __call__(self, x: Float[Array, "b t h w 3"], cache: dict) -> tuple[Float[Array, "b s h/8 w/8 z_dim"], dict]:
         c = self.config
         check_pixels(c, x.shape, started=bool(cache))
-        layers = _stages(c, c.dim_mult, c.num_res_blocks, Downsample, c.temperal_downsample) + _middle(c)
-        x, cache = _run(x, cache, layers, (c.dim, 2 * c.z_dim), c.dtype)
+        layers = _stages(c, c.dim_mult, c.num_res_blocks, Downsample, c.temperal_downsample)
+        layers += middle(c.dim * c.dim_mult[-1], c.dtype)
+        x, cache = half(x, cache, layers, (c.dim, 2 * c.z_dim), c.dtype)
         moments = conv(2 * c.z_dim, (1, 1, 1), "moments", c.dtype)(x)
         return moments[..., : c.z_dim].astype(c.wide), cache  # the rest is the logarithm of the variance
 
@@ -246,10 +255,10 @@ class Decoder(nn.Module):
     def __call__(self, x: Float[Array, "b t h w z_dim"], cache: dict) -> tuple[Float[Array, "b s 8*h 8*w 3"], dict]:
         c = self.config
         check_latents(c, x.shape)
-        layers = _middle(c)
+        layers = middle(c.dim * c.dim_mult[-1], c.dtype)
         layers += _stages(c, c.dim_mult[::-1], c.num_res_blocks + 1, Upsample, c.temperal_downsample[::-1])
         x = conv(c.z_dim, (1, 1, 1), "latents", c.dtype)(x)
-        x, cache = _run(x, cache, layers, (c.dim * c.dim_mult[-1], 3), c.dtype)
+        x, cache = half(x, cache, layers, (c.dim * c.dim_mult[-1], 3), c.dtype)
         return x.astype(c.wide), cache
 
 
@@ -285,12 +294,17 @@ def _near(number: int, step: int, *, least: int) -> list[int]:
 
 def init(config: WanVAEConfig, key):
     """Boxed parameters (with logical axes) {"encoder": …, "decoder": …} for that config, for videos of any size."""
+    return init_halves(config, Encoder, Decoder, key)
+
+
+def init_halves(config, encoder, decoder, key):
+    """The same of the classes of both halves."""
     step, *units = config.stride
     pixels, latents = jnp.zeros((1, 1 + step, *units, 3)), jnp.zeros((1, 2, 1, 1, config.z_dim))
     keys = jax.random.split(key)
     return {
-        "encoder": Encoder(config).init(keys[0], pixels, {})["params"],
-        "decoder": Decoder(config).init(keys[1], latents, {})["params"],
+        "encoder": encoder(config).init(keys[0], pixels, {})["params"],
+        "decoder": decoder(config).init(keys[1], latents, {})["params"],
     }
 
 

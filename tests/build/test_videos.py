@@ -9,12 +9,13 @@ from PIL import Image
 from configs import wan_1_3b
 from rcm_jax import convert
 from rcm_jax.build.videos import videos
-from rcm_jax.convert.files import open_tensors
+from rcm_jax.convert.files import open_tensors, write_tensors
 from rcm_jax.media import clips, vae
+from rcm_jax.media.clip import clip_features
 from rcm_jax.media.first_frame import first_frame
 from rcm_jax.media.video import write_video
 from rcm_jax.util.config import revise
-from tests import tiny
+from tests import clip_vision, tiny
 from tests.latents import write_vae
 
 fast_compilation = pytest.fixture(scope="module", autouse=True)(tiny.fast_compilation)
@@ -94,9 +95,29 @@ def test_the_condition_of_image_to_video_comes_from_the_clips_first_frame(folder
         videos(I2V, weights, folder)
     with pytest.raises(ValueError, match=r"takes nothing, but this set has y"):
         videos(RUN, weights, folder, first_frame=True)
-    with pytest.raises(ValueError, match="takes clip_features"):
-        clip = revise(I2V, {"model": revise(I2V.model, {"clip_dim": 8})})
-        videos(clip, weights, folder, first_frame=True)
+
+
+def test_the_features_of_clip_are_of_the_clips_first_frame(folder, weights, tmp_path):
+    clip_params = clip_vision.random_params()
+    write_tensors(tmp_path / "clip", convert.to_reference("clip_vision", clip_params, clip_vision.TINY, "official"))
+    run = revise(I2V, {"model": revise(I2V.model, {"clip_dim": 8})})
+    options = dict(first_frame=True, clip=tmp_path / "clip", clip_config=clip_vision.TINY)
+    source = videos(run, weights, folder, **options)
+    item = source.items[1]
+    pixels = source.prepare(item)
+    (example,) = source.make([item], [pixels], None)
+    assert sorted(example) == ["clip_features", "x0", "y"]
+    expected = clip_features(clip_vision.TINY, clip_params, np.float32(pixels[:1]) / 127.5 - 1)
+    assert example["clip_features"].shape == (257, 8)
+    np.testing.assert_allclose(example["clip_features"], expected[0], rtol=1e-5, atol=1e-5)
+    assert source.settings["clip_bytes"] == sum(path.stat().st_size for path in (tmp_path / "clip").iterdir())
+    assert "clip" not in videos(I2V, weights, folder, first_frame=True).settings
+    with pytest.raises(ValueError, match=r"but this set has y \[2, 4, 6, 8\]; .*CLIP's features of it are --clip"):
+        videos(run, weights, folder, first_frame=True)
+    with pytest.raises(ValueError, match=r"takes nothing, but this set has clip_features \[257, 8\]"):
+        videos(RUN, weights, folder, **options | {"first_frame": False})
+    with pytest.raises(ValueError, match="are no clip_vision of this config"):
+        videos(run, weights, folder, **options | {"clip": weights})
 
 
 def test_images_and_a_table_of_captions(tmp_path, weights):

@@ -45,8 +45,13 @@ def test_published_networks_and_what_a_set_has():
     shape, y = (20, 60, 104, 16), {"y": (20, 60, 104, 20)}
     check_conditions(wan.PUBLISHED["wan-1.3b"], shape, {})
     check_conditions(wan.PUBLISHED["wan2.2-i2v-a14b"], shape, y)
-    with pytest.raises(ValueError, match=r"takes clip_features, of a CLIP encoder that is not here"):
+    clip = {"clip_features": (257, 1280)}
+    check_conditions(wan.PUBLISHED["wan-i2v-14b"], shape, y | clip)
+    lacks = r"clip_features \[257, 1280\], but this set has y .*is y \(first_frame\); CLIP's features of it are --clip$"
+    with pytest.raises(ValueError, match=lacks):
         check_conditions(wan.PUBLISHED["wan-i2v-14b"], shape, y)
+    with pytest.raises(ValueError, match=r"takes y .*, but this set has y .*, clip_features \[257, 1280\]; .*--clip$"):
+        check_conditions(wan.PUBLISHED["wan2.2-i2v-a14b"], shape, y | clip)
     with pytest.raises(ValueError, match=r"takes y \[20, 60, 104, 20\], but this set has nothing; the first frame"):
         check_conditions(wan.PUBLISHED["wan2.2-i2v-a14b"], shape, {})
     with pytest.raises(ValueError, match=r"takes nothing, but this set has y \[20, 60, 104, 20\]"):
