@@ -43,6 +43,6 @@ def random_params(config: CosmosConfig = TINY, key: int = 0) -> dict:
 def inputs(config: CosmosConfig = TINY, batch: int = 2, grid=(1, 4, 6), key: int = 0):
     """(x [b, t, h, w, c], t [b] in 0..1, cond) for a network of that config."""
     rng = np.random.default_rng(key)
-    x = jnp.asarray(rng.normal(size=(batch, *grid, config.in_channels)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(batch, *grid, config.out_channels)), jnp.float32)
     text = jnp.asarray(rng.normal(size=(batch, 5, config.crossattn_emb_channels)), jnp.float32)
     return x, jnp.linspace(0.1, 0.9, batch), {"text": text}

@@ -15,7 +15,13 @@ from rcm_jax.models.cosmos import PUBLISHED
 from tests.cosmos import TINY, golden_config, random_params
 from tests.tiny import assert_trees_equal, cases, stem
 
-INDEX = {path: f"cosmos-{path.stem.rpartition('_')[2].lower()}" for path in cases("checkpoint_index/*cosmos_*.json")}
+
+def name_of(path) -> str:
+    """Of the published network that a file lists."""
+    return f"cosmos-{'v2w-' if 'video2world' in path.stem else ''}{path.stem.rpartition('_')[2].lower()}"
+
+
+INDEX = {path: name_of(path) for path in cases("checkpoint_index/*cosmos_*.json")}
 
 
 @pytest.mark.golden

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rcm_jax import models
 from rcm_jax.method import denoiser, samplers
 from rcm_jax.models.cosmos import CosmosConfig
 from tests import tiny
@@ -138,3 +140,54 @@ def test_inputs_that_do_not_fit_are_refused_with_the_numbers(changes, message):
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="must be even, and 12 at least"):
         CosmosConfig(model_channels=20, num_blocks=1, num_heads=2)
+
+
+# --- video to world
+
+VIDEO = replace(TINY, in_channels=5, known_frames=2)
+
+
+@pytest.mark.golden
+@pytest.mark.smoke
+@each_dtype
+@pytest.mark.parametrize("path", cases("cosmos_video/*.npz"), ids=stem)
+def test_frames_behind_known_ones_and_their_tangents_are_those_of_the_reference(path, dtype):
+    theirs, data = json.loads(path.with_suffix(".config.json").read_text()), np.load(path)
+    ratios = dict(zip("thw", theirs["rope_scale"], strict=True))
+    config = CosmosConfig(
+        model_channels=theirs["num_attention_heads"] * theirs["attention_head_dim"], num_blocks=theirs["num_layers"],
+        num_heads=theirs["num_attention_heads"], in_channels=5, out_channels=4, known_frames=2,
+        crossattn_emb_channels=theirs["text_embed_dim"], adaln_lora_dim=theirs["adaln_lora_dim"], dtype=dtype,
+        time_dtype=dtype, **{f"rope_{axis}_extrapolation_ratio": ratio for axis, ratio in ratios.items()},
+    )  # fmt: skip
+    with precision(dtype):
+        params = golden_params(path.with_suffix(".diffusers.safetensors"), config, dtype)
+        given = {name: jnp.asarray(data[name], dtype) for name in data if not name.endswith("_f64")}
+        cond = {"text": given["text"], "known": channels_last(given["known"])}
+        x, dx = channels_last(given["x"]), channels_last(given["tangent_x"])
+        value, tangent = value_and_tangent(config)(params, x, given["t"], cond, dx, given["tangent_t"])
+    bounds = (1e-6, 1e-6) if dtype == "float64" else TOLERANCES[dtype]  # diffusers computes sines of times in float32
+    for ours, name, bound in zip((value, tangent), ("v", "jvp"), bounds, strict=True):
+        assert relative(channels_first(ours), data[f"{name}_f64"]) < bound, name
+
+
+def test_every_known_frame_counts_and_none_is_answered():
+    x, t, cond = inputs(VIDEO, grid=(3, 4, 6))
+    known = jnp.asarray(np.random.default_rng(5).normal(size=(2, 2, 4, 6, 4)), jnp.float32)
+    params = random_params(VIDEO)
+    answer = apply(VIDEO, params, x, t, cond | {"known": known})
+    assert answer.shape == x.shape
+    for frame in range(2):
+        other = apply(VIDEO, params, x, t, cond | {"known": known.at[:, frame].add(1)})
+        assert relative(other, answer) > 1e-3
+    whole = models.token_grid(VIDEO, (3, 4, 6, 4))
+    assert whole == (5, 2, 3)
+
+
+@pytest.mark.parametrize("known", [None, jnp.zeros((2, 1, 4, 6, 4)), jnp.zeros((2, 2, 4, 4, 4))])
+def test_other_known_frames_are_refused(known):
+    x, t, cond = inputs(VIDEO, grid=(3, 4, 6))
+    with pytest.raises(ValueError, match=r"known must be \(2, 2, 4, 6, 4\), the frames before x"):
+        apply(VIDEO, random_params(VIDEO), x, t, cond | {"known": known})
+    with pytest.raises(ValueError, match="in_channels 4 must be 5"):
+        replace(TINY, known_frames=1)
