@@ -58,6 +58,7 @@ EXPERIMENT = Experiment(
 )
 
 TINY_TEXT = dict(vocab_size=8, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+TINY_CLIP = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
 TINY_VAE = dict(dim=4, z_dim=4, num_res_blocks=1, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
 TINY = dict(dim=24, ffn_dim=32, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=8, text_len=6, freq_dim=16)
 
@@ -84,7 +85,10 @@ def tiny(run: Experiment) -> Experiment:
 def tiny_media(media: MediaConfig) -> MediaConfig:
     """The same text encoder and autoencoder with hardly any width."""
     encoder, vae = revise(media.text_encoder, TINY_TEXT), revise(media.vae, TINY_VAE)
-    return revise(media, {"text_encoder": encoder, "vae": vae, "text_length": 6})
+    tiny = {"text_encoder": encoder, "vae": vae, "text_length": 6}
+    if media.image_encoder:
+        tiny["image_encoder"] = revise(media.image_encoder, TINY_CLIP)
+    return revise(media, tiny)
 
 
 def get_config(variant: str = "") -> ConfigDict:

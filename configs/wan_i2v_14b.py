@@ -12,13 +12,14 @@ y [2, 4, 6, 8] and clip_features [257, 16].
 from ml_collections import ConfigDict
 
 from configs import methods, wan_1_3b, wan_14b
-from rcm_jax.models import wan
+from rcm_jax.models import clip_vision, wan
 from rcm_jax.util.config import revise
 
 EXPERIMENT = revise(
     wan_14b.EXPERIMENT,
     {
         "model": revise(wan.PUBLISHED["wan-i2v-14b"], wan_1_3b.COMPUTED),
+        "media.image_encoder": clip_vision.PUBLISHED["wan-clip-vit-h"],
         "sampling.teacher_shift": 3.0,  # Wan's own for 480p; it has 5 for 720p
     },
 )

@@ -47,10 +47,13 @@ CLASSES = flags.DEFINE_list("classes", [], "Class labels, e.g. 3,5,8; all if emp
 # For prompts.
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to show; may be given several times.")
 PROMPTS = flags.DEFINE_string("prompts", None, "A file of prompts, one on each line.")
-IMAGE = flags.DEFINE_multi_string("image", [], "The first frame, of image to video: one for all prompts or for each.")
+IMAGE = flags.DEFINE_multi_string(
+    "image", [], "What to begin with: an image, or a video to go on with. For all prompts or each."
+)
 SUITE = flags.DEFINE_string("suite", None, "A suite of prompts: of VBench, GenEval or the official rCM, or a text.")
 NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What a teacher's guidance leads away from.")
 TEXT_ENCODER, TOKENIZER, VAE = common.media_flags()
+CLIP = flags.DEFINE_string("clip", None, "Published weights of CLIP's image encoder, for image to video of Wan2.1.")
 SIZE = flags.DEFINE_string("size", None, "Pixels, e.g. 832x480; the config's if not given.")
 FRAMES = flags.DEFINE_integer("frames", None, "Frames of pixels, 4n + 1; the config's if not given.", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch", 1, "Samples at once.", lower_bound=1)
@@ -62,7 +65,7 @@ flags.mark_flags_as_required(["checkpoint", "out"])
 BAR: dict = dict(dynamic_ncols=True)
 FOR_CLASSES = (EACH, CLASSES)
 FOR_LATENTS = (VAE, BATCH, TILE)
-FOR_PROMPTS = (PROMPT, PROMPTS, IMAGE, SUITE, NEGATIVE, TEXT_ENCODER, TOKENIZER, SIZE, FRAMES, SHEET)
+FOR_PROMPTS = (PROMPT, PROMPTS, IMAGE, SUITE, NEGATIVE, TEXT_ENCODER, TOKENIZER, CLIP, SIZE, FRAMES, SHEET)
 
 
 def main():
@@ -117,7 +120,7 @@ def open_generator():
         CHECKPOINT.value, step=STEP.value, mode=MODE.value, low=LOW.value,
         config=None if CONFIG.value is None else common.experiment(CONFIG),
         size=common.as_size("--size", SIZE.value), frames=FRAMES.value, image=IMAGE.value[0] if IMAGE.value else None,
-        text_encoder=TEXT_ENCODER.value, tokenizer=TOKENIZER.value, vae=VAE.value,
+        text_encoder=TEXT_ENCODER.value, tokenizer=TOKENIZER.value, vae=VAE.value, clip=CLIP.value,
     )  # fmt: skip
     check_flags(generator)
     return generator

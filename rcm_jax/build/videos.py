@@ -18,7 +18,9 @@ from rcm_jax.media.clip import clip_features
 from rcm_jax.media.clips import THREADS, Footage, bucket_of, list_files, probe, read_captions, read_clip
 from rcm_jax.media.first_frame import check_conditions
 from rcm_jax.media.first_frame import first_frame as condition_of
-from rcm_jax.models.clip_vision import PUBLISHED, ClipVisionConfig
+from rcm_jax.models import network_of
+from rcm_jax.models.clip_vision import ClipVisionConfig
+from rcm_jax.models.records import known_condition
 from rcm_jax.run.experiment import Experiment
 from rcm_jax.run.generate import latents_shape, prompts_dataset
 from rcm_jax.run.pixels import open_weights
@@ -32,7 +34,7 @@ def videos(
     run: Experiment, vae_path: str | os.PathLike, folder: str | os.PathLike, *,
     captions: str | os.PathLike | None = None, buckets: Sequence[tuple[int, int]] = (), fps: float | None = None,
     frames: int | None = None, clips: int = 1, first_frame: bool = False, tile: int | None = None,
-    clip: str | os.PathLike | None = None, clip_config: ClipVisionConfig = PUBLISHED["wan-clip-vit-h"],
+    clip: str | os.PathLike | None = None,
 ) -> Source:  # fmt: skip
     """Clips of all videos and images of a folder, by path and then by time: x0 float32 and, if asked for, conditions.
 
@@ -47,7 +49,7 @@ def videos(
       clips: most clips of a video, one after the other from its beginning, none cut short.
       first_frame: each example has y, the condition of image to video.
       tile: bounds the memory of the device, as in vae.encode.
-      clip: published weights of CLIP's image encoder, of clip_config: each example has clip_features, of its start.
+      clip: published weights of media.image_encoder, of CLIP: each example has clip_features, of its start.
 
     Files that cannot be read or are too short are `bad`. ValueError for sizes that cannot be, other conditions than the
     network takes, captions that are missing or left over: those are named.
@@ -55,16 +57,21 @@ def videos(
     t, h, w, _ = prompts_dataset(run, None, frames).sample_shape
     media: Any = run.media
     config, stride, place, names = media.vae, media.vae.stride, as_path(folder), list_files(folder)
-    count, rate = 1 + (t - 1) * stride[0], media.fps if fps is None else fps
+    known = network_of(run.model).known_frames(run.model)
+    count, rate = 1 + (known + t - 1) * stride[0], media.fps if fps is None else fps
     if rate <= 0 or clips < 1:
         raise ValueError(f"fps {rate} must be above 0, and clips {clips} at least 1")
     sizes = [(width, height) for width, height in buckets] or [(w * stride[2], h * stride[1])]
     shapes = {size: latents_shape(run, size, count) for size in sizes}
     encoder = _encoder(config, vae_path)
     told = _of_first_frame(config, encoder, t, tile) if first_frame else {}
-    told |= _of_clip(clip_config, clip) if clip is not None else {}
+    told |= _of_clip(media.image_encoder, clip) if clip is not None else {}
     for shape in shapes.values():
-        check_conditions(run.model, shape, {name: shape_of(shape) for name, (shape_of, _) in told.items()})
+        brought = {name: shape_of(shape) for name, (shape_of, _) in told.items()}
+        # Known frames are the first of x0 in the set.
+        brought |= {name: leaf.shape for name, leaf in known_condition(known, shape).items()}
+        check_conditions(run.model, shape, brought)
+    shapes = {size: (known + shape[0], *shape[1:]) for size, shape in shapes.items()}
     prompts = dict(zip(names, read_captions(place, names, captions), strict=True))
     items, bad = [], {}
     for name, found in zip(names, _probe_all(place, names, count, rate), strict=True):
@@ -111,8 +118,10 @@ def _of_first_frame(config, encoder, t: int, tile: int | None) -> dict[str, Cond
     }
 
 
-def _of_clip(config: ClipVisionConfig, path) -> dict[str, Condition]:
+def _of_clip(config: ClipVisionConfig | None, path) -> dict[str, Condition]:
     """The condition clip_features of an image encoder."""
+    if config is None:
+        raise ValueError(f"--clip={path}: this config has no media.image_encoder: its network takes no clip_features")
     encoder = _encoder(config, path)
     return {
         "clip_features": (

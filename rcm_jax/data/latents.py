@@ -25,7 +25,7 @@ import numpy as np
 from rcm_jax.data import records
 from rcm_jax.data.dataset import Dataset
 from rcm_jax.util.files import as_path, new_folder, stored, write_text
-from rcm_jax.util.ranges import Width, config, some
+from rcm_jax.util.ranges import Natural, Width, config, some
 
 UNCOND, SET = "uncond.safetensors", "set.json"
 SHARD = re.compile(r"latents-(\d{5,})-of-(\d{5,})\.array_record")
@@ -38,10 +38,18 @@ class LatentsConfig:
 
     Of examples with more frames the first t are taken, as the official runs do, of x0 and of conditions on its frames.
     A set may hold other shapes besides (buckets): they are trained on as well; samples are drawn in `shape`.
+
+    known_frames: for networks that are given the beginning of a video, the first frames in the set are the condition
+    "known" [k, h, w, c], and x0 are those after them.
     """
 
     path: str = ""
     shape: Annotated[tuple[Width, ...], some] = ()
+    known_frames: Natural = 0
+
+    def __post_init__(self):
+        if self.known_frames and len(self.shape) != 4:
+            raise ValueError(f"known_frames {self.known_frames} is for videos [t, h, w, c], not {list(self.shape)}")
 
 
 def load(config: LatentsConfig) -> Dataset:
@@ -53,7 +61,7 @@ def load(config: LatentsConfig) -> Dataset:
     if not config.path:
         raise ValueError("config.data.path is empty: it must name a folder of latents")
     folder = as_path(config.path)
-    examples = Latents(folder, config.shape)
+    examples = Latents(folder, config.shape, config.known_frames)
     path = folder / UNCOND
     if not path.exists():
         raise ValueError(f"{folder} has no {UNCOND}: the condition of guidance, with the names of the conditions")
@@ -70,8 +78,9 @@ class Latents:
     Safe to read from several threads. Opening reads one record of each shape.
     """
 
-    def __init__(self, folder, shape: Sequence[int]):
-        self.paths = shard_paths(folder)
+    def __init__(self, folder, shape: Sequence[int], known_frames: int = 0):
+        self.paths, self.known_frames = shard_paths(folder), known_frames
+        shape = (shape[0] + known_frames, *shape[1:])
         self.frames = shape[0] if len(shape) == 4 else sys.maxsize  # of images nothing is cut
         self.opened: dict[int, Any] = {}
         shards = read_set(folder)["shards"] if (folder / SET).exists() else None
@@ -136,7 +145,10 @@ class Latents:
                     dtype = np.float32 if name == "x0" else tensor.dtype
                     batch[name] = np.empty((len(rows), *tensor.shape), dtype)
                 batch[name][i] = tensor
-        return {"x0": batch.pop("x0"), "cond": batch}
+        x0 = batch.pop("x0")
+        if self.known_frames:
+            batch["known"], x0 = np.split(x0, [self.known_frames], axis=1)
+        return {"x0": x0, "cond": batch}
 
     def cut(self, tensors: Mapping[str, np.ndarray], shape) -> dict[str, np.ndarray]:
         """Tensors with the first frames of those that lie, as an x0 of that shape, on [t, h, w]; others as they are."""

@@ -42,7 +42,9 @@ def write_video_report(trained) -> str:
         return ""
     folder, rows = trained.folder / "report", _rows(examples["x0"], samples)
     shown = bool(run.media and run.media.vae_path)
-    videos = _write_videos(folder / "videos", run.media, {DATA: examples["x0"]} | samples) if shown else {}
+    videos = (
+        _write_videos(folder / "videos", run.media, {DATA: examples["x0"]} | samples, examples["cond"]) if shown else {}
+    )
     plots = curves.of_training(trained.folder, trained.teacher_folder)
     title = f"{run.rcm.name} on {data_name(run.data)}"
     note = (
@@ -89,12 +91,12 @@ def _rows(x0, samples: dict) -> Rows:
     return rows
 
 
-def _write_videos(folder: pathlib.Path, media, samples: dict) -> dict[str, dict[str, pathlib.Path]]:
+def _write_videos(folder: pathlib.Path, media, samples: dict, cond: dict) -> dict[str, dict[str, pathlib.Path]]:
     """Every sample in a file: {"example i": {name: path}}."""
     decoder = jax.device_put(pixels.read_decoder(media))
     videos = {}
     for name, x0 in samples.items():
-        for i, one in enumerate(x0):
+        for i, one in enumerate(pixels.whole(x0, cond)):
             path = folder / f"{re.sub(r'[^a-z0-9]+', '-', name)}-{i}{pixels.suffix(one.shape)}"
             pixels.write(path, pixels.frames(media, decoder, one), media.fps)
             videos.setdefault(f"example {i}", {})[name] = path

@@ -102,18 +102,17 @@ class CosmosConfig(Config):
 
 # Of known frames: their noise level 1e-4, in rectified-flow time.
 KNOWN_TIME = 1e-4 / (1 + 1e-4)
-VIDEO = {"in_channels": 17, "known_frames": 1}
 PUBLISHED = {
     "cosmos-0.6b": CosmosConfig(model_channels=1280, num_blocks=20, num_heads=20),
     "cosmos-2b": CosmosConfig(model_channels=2048, num_blocks=28, num_heads=16),
     "cosmos-14b": CosmosConfig(model_channels=5120, num_blocks=36, num_heads=40),
     "cosmos-v2w-2b": CosmosConfig(
-        model_channels=2048, num_blocks=28, num_heads=16, rope_h_extrapolation_ratio=3.0,
-        rope_w_extrapolation_ratio=3.0, **VIDEO
+        model_channels=2048, num_blocks=28, num_heads=16, in_channels=17, known_frames=1,
+        rope_h_extrapolation_ratio=3.0, rope_w_extrapolation_ratio=3.0,
     ),
     "cosmos-v2w-14b": CosmosConfig(
-        model_channels=5120, num_blocks=36, num_heads=40, rope_h_extrapolation_ratio=2.0,
-        rope_w_extrapolation_ratio=2.0, rope_t_extrapolation_ratio=20 / 24, **VIDEO
+        model_channels=5120, num_blocks=36, num_heads=40, in_channels=17, known_frames=1,
+        rope_h_extrapolation_ratio=2.0, rope_w_extrapolation_ratio=2.0, rope_t_extrapolation_ratio=20 / 24,
     ),
 }  # fmt: skip
 

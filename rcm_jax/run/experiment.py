@@ -5,9 +5,9 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from rcm_jax.data import DATASETS
+from rcm_jax.data import DATASETS, LatentsConfig
 from rcm_jax.method import denoiser, samplers, trigflow
-from rcm_jax.models import AUTOENCODERS, NETWORKS, TEXT_ENCODERS, network_of
+from rcm_jax.models import AUTOENCODERS, IMAGE_ENCODERS, NETWORKS, TEXT_ENCODERS, network_of
 from rcm_jax.models.layers import Dtype
 from rcm_jax.models.records import record_of
 from rcm_jax.parallel.sharding import MeshConfig
@@ -93,6 +93,8 @@ class MediaConfig:
     text_length: Width = 512  # tokens, to which every prompt is cut or padded
     clean_prompts: bool = False  # as Wan does
     zero_negative: bool = False  # an empty negative prompt is zeros, as Cosmos-Predict2 was trained; else the encoder's
+    # Of image to video of Wan2.1; None: none is needed.
+    image_encoder: Any = dataclasses.field(default=None, metadata={"kinds": IMAGE_ENCODERS, "optional": True})
     fps: Annotated[int, between(1, 1_000)] = 16  # frames of pixels in a second
     vae_path: str = ""  # published weights of the autoencoder, any layout: previews and reports show pixels; "": none
 
@@ -132,6 +134,9 @@ class Pretraining(Predictor):
     def __post_init__(self):
         super().__post_init__()
         self._check_optional()
+        known, given = network_of(self.model).known_frames(self.model), getattr(self.data, "known_frames", 0)
+        if isinstance(self.data, LatentsConfig) and known != given:
+            raise ValueError(f"model.known_frames is {known} and data.known_frames {given}: they must be the same")
         if self.pretrain:
             steps = self.pretrain.train.steps
             _check_decay(

@@ -35,6 +35,7 @@ FILES = {  # around a network, and what they are
     "text_encoder": "published weights of umT5 (Wan) or T5 (Cosmos), any layout",
     "tokenizer": "the folder of its tokenizer.json, or a repository of the hub",
     "vae": "published weights of the autoencoder, any layout",
+    "clip": "published weights of CLIP's image encoder, any layout",
 }
 
 
@@ -68,7 +69,14 @@ class Generator:
     @property
     def frames(self) -> int:
         """Of pixels."""
-        return 1 + (with_frames(self.shape)[0] - 1) * self.media.vae.stride[0] if self.media else 1
+        if not self.media:
+            return 1
+        return 1 + (self.known_frames + with_frames(self.shape)[0] - 1) * self.media.vae.stride[0]
+
+    @property
+    def known_frames(self) -> int:
+        """Of latents, which the network is given."""
+        return network_of(self.run.model).known_frames(self.run.model)
 
     @property
     def guidance(self) -> float:
@@ -193,17 +201,24 @@ def prompts_dataset(run: Any, size: tuple[int, int] | None = None, frames: int |
 
 
 def latents_shape(run: Any, size, frames) -> tuple[int, ...]:
-    """[t, h, w, c] of latents for (width, height) and frames of pixels, by default those of the config."""
-    strides, patch = run.media.vae.stride, network_of(run.model).patch(run.model)
+    """[t, h, w, c] of x0 for (width, height) and frames of pixels, by default those of the config."""
+    strides, patch, known = (
+        run.media.vae.stride,
+        network_of(run.model).patch(run.model),
+        network_of(run.model).known_frames(run.model),
+    )
     t, h, w, c = run.data.shape
     width, height = size or (w * strides[2], h * strides[1])
-    frames = 1 + (t - 1) * strides[0] if frames is None else frames
+    frames = 1 + (known + t - 1) * strides[0] if frames is None else frames
     for name, side, unit in (("width", width, strides[2] * patch[2]), ("height", height, strides[1] * patch[1])):
         if side < 1 or side % unit:
             near = [n for n in (side // unit * unit, side // unit * unit + unit) if n > 0]
             raise ValueError(f"{name} {side} must be a multiple of {unit}: nearest are {' and '.join(map(str, near))}")
     record_of(AUTOENCODERS, run.media.vae).check_pixels(run.media.vae, (1, frames, height, width, 3))
-    return 1 + (frames - 1) // strides[0], height // strides[1], width // strides[2], c
+    t = 1 + (frames - 1) // strides[0] - known
+    if t < 1:
+        raise ValueError(f"{frames} frames are too few: more than {1 + (known - 1) * strides[0]} of them are given")
+    return t, height // strides[1], width // strides[2], c
 
 
 class Request(NamedTuple):
@@ -220,7 +235,7 @@ class Request(NamedTuple):
     tokens: Any = None  # (ids, mask) of the prompts and, last, the negative one
     negative: str = ""  # the negative prompt
     zero_last: bool = False  # it is zeros
-    frames: Any = None  # uint8 [n, H, W, 3]: the image of every prompt, for networks that take one
+    frames: Any = None  # uint8 [n, f, H, W, 3]: what the video of every prompt begins with, if the network is told
 
     @property
     def calls(self) -> int:
@@ -238,7 +253,8 @@ def request(
     Args:
       steps, guidance: the config's if None; most students have their guidance built in, and take none.
       low_guidance: that of the network for little noise of a pair of teachers; None: the same.
-      image: for networks of image to video, the file of the first frame, or one for each prompt.
+      image: for networks that are told how videos begin, the file of the first frame, or a video whose end is gone on
+        with, or one for each prompt.
     """
     run, asked, seeds = generator.run, [asked] if isinstance(asked, str) else list(asked), [int(s) for s in seeds]
     if not asked:
@@ -404,7 +420,9 @@ def sample(wanted: Request, given: tuple[dict, dict], tick: Callable[[], object]
                 [previews.draw(sampler, params, key, cond["label"], shape, batch) for key in keys], axis=1
             )
         jax.effects_barrier()  # the last tick
-    return Samples(generator, wanted.asked, seeds, latents, wanted.frames)
+    known = np.repeat(cond["known"][:, None], len(seeds), axis=1) if "known" in cond else None
+    first = None if wanted.frames is None else wanted.frames[:, 0]
+    return Samples(generator, wanted.asked, seeds, latents, first, known)
 
 
 def draw(sampler: Callable, params, cond: dict, seeds: Sequence[int], shape, batch: int) -> np.ndarray:

@@ -55,6 +55,11 @@ def with_frames(shape) -> tuple[int, ...]:
     return (1, *shape) if len(shape) == 3 else tuple(shape)
 
 
+def whole(x0, cond: Mapping) -> np.ndarray:
+    """Latents x0 [n, t, h, w, c] behind those that were given, if there is the condition "known"."""
+    return np.concatenate([cond["known"], x0], axis=1) if "known" in cond else x0
+
+
 def frames(media: MediaConfig, params, x0, tile: int | None = None) -> Iterator[np.ndarray]:
     """The frames [h, w, 3] of latents x0 [t, h, w, c], or the one of [h, w, c], in 0..255: one by one, or (tile:
     latents a side) in tiles."""

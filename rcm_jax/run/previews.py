@@ -162,7 +162,8 @@ def _of_latents(program: Program) -> Preview:
         if media is None or decoder is None:
             return Shown(values=values)
         try:
-            path, drawn = pixels.write_together(stem, media, decoder, samples, caption)
+            videos = pixels.whole(samples, examples["cond"])
+            path, drawn = pixels.write_together(stem, media, decoder, videos, caption)
         except jax.errors.JaxRuntimeError as error:  # of this process alone, say no memory: training need not end
             logging.warning("no %s: %s", stem.name, str(error).splitlines()[0])
             return Shown(values=values)

@@ -25,11 +25,17 @@ class Samples(NamedTuple):
     seeds: list[int]
     latents: np.ndarray
     images: np.ndarray | None = None  # uint8 [n, H, W, 3]: what they begin with, of image to video
+    known: np.ndarray | None = None  # [n, s, k, h, w, c]: latents before x0, which the network was given
 
     def frames(self, row: int, column: int, decoder=None, tile: int | None = None) -> Iterator[np.ndarray]:
         """The frames [h, w, 3] of one sample, in 0..255, one by one; decoder: of `open_decoder`, called if None."""
         params = open_decoder(self.generator) if decoder is None else decoder
-        return frames(self.generator.media, params, self.latents[row, column], tile)
+        return frames(self.generator.media, params, self.whole[row, column], tile)
+
+    @property
+    def whole(self) -> np.ndarray:
+        """Latents of the videos, with what they begin with: [n, s, k + t, h, w, c]."""
+        return self.latents if self.known is None else np.concatenate([self.known, self.latents], axis=2)
 
     def picture(self, tile: int | None = None) -> np.ndarray:
         """Samples of classes as one picture, uint8 [H, W, c], a row for every class where they are images."""
@@ -85,7 +91,7 @@ def _save_videos(samples: Samples, out, sheet, tile, tick) -> list:
     shown, places = [], (0, 0.5, 1) if generator.frames > 1 else (0,)
     for path, (i, j) in zip(paths, np.ndindex(len(samples.asked), len(seeds)), strict=True):
         if only_latents:
-            _save_tensors(path, {"x0": samples.latents[i, j]})
+            _save_tensors(path, {"x0": samples.whole[i, j]})
         if samples.images is not None and j == 0:
             shown.append(samples.images[i])
         if decoder is not None:

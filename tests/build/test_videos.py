@@ -100,8 +100,9 @@ def test_the_condition_of_image_to_video_comes_from_the_clips_first_frame(folder
 def test_the_features_of_clip_are_of_the_clips_first_frame(folder, weights, tmp_path):
     clip_params = clip_vision.random_params()
     write_tensors(tmp_path / "clip", convert.to_reference("clip_vision", clip_params, clip_vision.TINY, "official"))
-    run = revise(I2V, {"model": revise(I2V.model, {"clip_dim": 8})})
-    options = dict(first_frame=True, clip=tmp_path / "clip", clip_config=clip_vision.TINY)
+    media = revise(I2V.media, {"image_encoder": clip_vision.TINY})
+    run = revise(I2V, {"model": revise(I2V.model, {"clip_dim": 8}), "media": media})
+    options = dict(first_frame=True, clip=tmp_path / "clip")
     source = videos(run, weights, folder, **options)
     item = source.items[1]
     pixels = source.prepare(item)
@@ -115,7 +116,9 @@ def test_the_features_of_clip_are_of_the_clips_first_frame(folder, weights, tmp_
     with pytest.raises(ValueError, match=r"but this set has y \[2, 4, 6, 8\]; .*CLIP's features of it are --clip"):
         videos(run, weights, folder, first_frame=True)
     with pytest.raises(ValueError, match=r"takes nothing, but this set has clip_features \[257, 8\]"):
-        videos(RUN, weights, folder, **options | {"first_frame": False})
+        videos(revise(RUN, {"media": media}), weights, folder, **options | {"first_frame": False})
+    with pytest.raises(ValueError, match=r"no media\.image_encoder: its network takes no clip_features"):
+        videos(RUN, weights, folder, **options)
     with pytest.raises(ValueError, match="are no clip_vision of this config"):
         videos(run, weights, folder, **options | {"clip": weights})
 
