@@ -48,7 +48,7 @@ def named(name: str) -> tuple[str, Any]:
     if kind not in GENERATORS:
         raise ValueError(f"{name}: its kind is '{brief(kind)}'; it must be one of {', '.join(GENERATORS)}")
     with reading(name, "is no config of a model"):
-        return kind, build(MODELS[kind].record.config, values, name)
+        return kind, build(MODELS[kind].record.config, values)
 
 
 def name_of(config) -> str:

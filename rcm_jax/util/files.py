@@ -163,7 +163,7 @@ def reading(path, problem: str, advice: str = "") -> Iterator[None]:
         system = isinstance(error, OSError) and error.errno != errno.EINVAL  # which is a place before a file's begin
         if system and error.errno and error.filename is None:
             raise OSError(error.errno, error.strerror, str(path)) from None
-        if system or (isinstance(error, ValueError) and str(error).startswith(f"{path} ")):  # it names the file
+        if system or (isinstance(error, ValueError) and str(error).startswith((f"{path} ", f"{path}: "))):
             raise
         why = brief(error, 1000)
         if type(error) is not ValueError:
@@ -198,13 +198,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict:
 
 @contextlib.contextmanager
 def writing(path) -> Iterator[None]:
-    """Errors of the system while a file is written, of a full disk above all, name that file, not a temporary one."""
+    """Errors of the system while a file is written name that file, not a temporary one; so do those of a full disk,
+    which libraries tell in many words of their own."""
     try:
         yield
-    except OSError as error:
-        if error.errno is None:  # it has its own words
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) and error.errno else _full(error)
+        if number is None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(number, os.strerror(number), str(path)) from None
+
+
+def _full(error: Exception) -> int | None:
+    """The number of an error that tells of a full disk, or of a quota."""
+    return next((number for number in (errno.ENOSPC, errno.EDQUOT) if os.strerror(number) in str(error)), None)
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[pathlib.Path], object]) -> None:
@@ -299,11 +306,12 @@ def new_folder(path: str | os.PathLike, last: str = "config.json") -> Iterator[p
     try:
         yield temporary
         os.replace(temporary, place)
-    except OSError as error:  # of a full disk: the file will be sought where it was to be
-        if error.errno is None or not str(error.filename).startswith(f"{temporary}/"):
-            raise
-        file = place / pathlib.Path(error.filename).relative_to(temporary)
-        raise OSError(error.errno, error.strerror, str(file)) from None
+    except Exception as error:
+        where = getattr(error, "filename", None) or (temporary if _full(error) else "")
+        if str(where).startswith(str(temporary)):
+            with writing(place / os.path.relpath(where, temporary)):  # the file will be sought where it was to be
+                raise
+        raise
     finally:
         if temporary.exists():
             _remove(temporary)
