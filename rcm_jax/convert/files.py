@@ -11,6 +11,7 @@ import pathlib
 import sys
 import types
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -135,15 +136,19 @@ def _check_count(tensors):
         raise ValueError(f"it has {len(tensors):,} tensors, and must have from 1 to {MOST_TENSORS:,}")
 
 
-def _entry(name, entry):
-    keys = ("dtype", "shape", "data_offsets")
-    kind, shape, place = (entry.get(key) if isinstance(entry, dict) else None for key in keys)
+def _entry(name: str, entry) -> tuple[str, tuple[int, ...], int, int]:
+    kind, shape, place = _values(entry)
     fits = isinstance(kind, str) and isinstance(shape, list) and isinstance(place, list) and len(place) == 2
     if not fits or not all(type(n) is int and 0 <= n <= sys.maxsize for n in (*place, *shape)) or place[0] > place[1]:
         raise ValueError(f"{brief(name)} has no dtype, shape and data_offsets: {brief(entry)}")
     if len(shape) > MOST_AXES or math.prod(max(n, 1) for n in shape) > sys.maxsize // 8:
         raise ValueError(f"{brief(name)} has {len(shape):,} axes, {brief(shape)}, which no array has")
-    return kind, tuple(shape), *place
+    return kind, tuple(shape), place[0], place[1]
+
+
+def _values(entry) -> tuple[Any, Any, Any]:
+    found = entry if isinstance(entry, dict) else {}
+    return found.get("dtype"), found.get("shape"), found.get("data_offsets")
 
 
 def _read_safetensors(path, size, name, place, shape, dtype):

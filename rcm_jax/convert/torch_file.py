@@ -181,7 +181,7 @@ def _directory(opened) -> zipfile.ZipFile:
 
 def _old_content(file, opened):
     """The same for a file of before torch 1.6, opened behind its magic number."""
-    storages: list[Storage] = []
+    storages: list[typing.Any] = []
     refer = functools.partial(_referred, functools.cache(Raw), storages)
     with reading(file, "is no plain state dict", f". Nothing in it was executed; {WAY_OUT}"):
         version, machine = (load(opened, file.size, named_in(ALLOWED), _nothing) for _ in range(2))
@@ -189,7 +189,7 @@ def _old_content(file, opened):
             raise ValueError(f"it is of version {version}, or written on a big-endian machine")
         content = load(opened, file.size, named_in(ALLOWED), refer)
         order = load(opened, file.size, named_in(ALLOWED), _nothing)
-        left = {storage.entry.filename: storage for storage in storages}
+        left: dict[str, typing.Any] = {storage.entry.filename: storage for storage in storages}
         if any(storage != left[storage.entry.filename] for storage in storages):
             raise ValueError("it has two storages of one name")
         start = opened.tell()

@@ -160,10 +160,11 @@ def reading(path, problem: str, advice: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        system = isinstance(error, OSError) and error.errno != errno.EINVAL  # which is a place before a file's begin
-        if system and error.errno and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        if system or (isinstance(error, ValueError) and str(error).startswith((f"{path} ", f"{path}: "))):
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is a place before the begin of a file
+            if error.errno and error.filename is None:
+                raise OSError(error.errno, error.strerror, str(path)) from None
+            raise
+        if isinstance(error, ValueError) and str(error).startswith((f"{path} ", f"{path}: ")):  # it names the file
             raise
         why = brief(error, 1000)
         if type(error) is not ValueError:
