@@ -150,8 +150,8 @@ def of_tars():
 
 
 def read_tars(folder):
-    for sample in shards._index(folder / "a.tar")[0]:  # `shards` also builds the network, which takes a second
-        shards._example(RUN.media, sample)
+    for found in shards._index(folder / "a.tar")[0]:  # `shards` also builds the network, which takes a second
+        shards._example(RUN.media, found)
 
 
 # --- texts
