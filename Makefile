@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test smoke lint bench mutants drill docs clean
+.PHONY: demo test smoke lint bench mutants drill fuzz docs clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python scripts/train.py --config=configs/digits.py --workdir=runs/digits
@@ -24,6 +24,9 @@ mutants: $(VENV)/installed-dev
 
 drill: $(VENV)/installed-dev
 	$(BIN)/python tests/drill.py "$(ONLY)" $(or $(KILLS),30)
+
+fuzz: $(VENV)/installed-dev
+	RCM_FUZZ_SECONDS=$(or $(RCM_FUZZ_SECONDS),600) $(BIN)/python -m pytest tests/fuzz -p no:logging -k "$(ONLY)"
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m kernels.bench

@@ -1,7 +1,5 @@
 """Checkpoints of reference implementations to our parameters and back."""
 
-import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +22,7 @@ from rcm_jax.convert import (
 )
 from rcm_jax.models import NETWORKS
 from rcm_jax.util.config import build
+from rcm_jax.util.files import brief, read_json, reading
 
 MODELS = {
     "wan": wan.CONVERSION,
@@ -59,14 +58,12 @@ def named(name: str) -> tuple[str, Any]:
         raise ValueError(f"{name} is read as it is published: there is nothing to convert")
     if not name.endswith(".json"):
         raise ValueError(f"model {name!r} is none of {', '.join(PUBLISHED)}, and no .json file")
-    try:
-        values = json.loads(pathlib.Path(name).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is no JSON: {error}") from None
+    values = read_json(name)
     kind = values.pop("kind", None) if isinstance(values, dict) else None
     if kind not in GENERATORS:
-        raise ValueError(f"{name}: its kind is {kind!r}; it must be one of {', '.join(GENERATORS)}")
-    return kind, build(MODELS[kind].record.config, values, name)
+        raise ValueError(f"{name}: its kind is '{brief(kind)}'; it must be one of {', '.join(GENERATORS)}")
+    with reading(name, "is no config of a model"):
+        return kind, build(MODELS[kind].record.config, values)
 
 
 def name_of(config) -> str:
@@ -81,7 +78,8 @@ def under_prefix(tensors: Mapping, prefix: str) -> dict:
     prefix = prefix if prefix.endswith(".") else f"{prefix}."
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     if not found:
-        raise ValueError(f"of {len(tensors)} tensors none begins with {prefix!r}; the first is {next(iter(tensors))}")
+        first = brief(next(iter(tensors), "not there"))
+        raise ValueError(f"of {len(tensors)} tensors none begins with {prefix!r}; the first is {first}")
     return found
 
 

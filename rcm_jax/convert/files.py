@@ -8,17 +8,29 @@ import json
 import math
 import os
 import pathlib
+import sys
 import types
 from collections.abc import Callable, Mapping
+from typing import Any
 
-import ml_dtypes  # also teaches numpy the name "bfloat16", by which safetensors makes such arrays
+import ml_dtypes
 import numpy as np
-import safetensors
 
 from rcm_jax.convert.lazy import LazyTensor
 from rcm_jax.convert.nvlabs import open_snapshot
 from rcm_jax.convert.torch_file import open_torch_file
-from rcm_jax.util.files import as_path, local, new_folder
+from rcm_jax.util.files import (
+    as_path,
+    brief,
+    listed,
+    local,
+    new_folder,
+    parse_json,
+    read_json,
+    reading,
+    regular,
+    writing,
+)
 
 INDEX = ".safetensors.index.json"
 TORCH = (".pth", ".pt", ".bin")
@@ -39,7 +51,8 @@ SAFETENSORS = {  # dtypes, by their names there
     "BOOL": np.dtype("bool"),
 }
 CODES = {dtype: code for code, dtype in SAFETENSORS.items()}
-MOST_HEADER = 100_000_008  # bytes, by the format
+MOST_HEADER = 100_000_000  # bytes, by the format
+MOST_TENSORS, MOST_AXES = 1_000_000, 32
 NOTHING: Mapping[str, str] = types.MappingProxyType({})
 
 
@@ -72,57 +85,88 @@ def _only_checkpoint(folder):
     found = found or [name for name in names if name.endswith((".safetensors", *TORCH))]
     if len(found) != 1:
         kinds = f"one *{INDEX} or one .safetensors, .pth, .pt or .bin file"
-        there = ", ".join(found or names) or "nothing"
+        there = listed(found or names) or "nothing"
         raise ValueError(f"{folder} must hold {kinds}, it holds {there}; name the file instead of the folder")
     return folder / found[0]
 
 
 def _open_safetensors(path):
-    try:
-        # The file is opened again for every read: an open one is a memory map, which keeps what was read resident.
-        with safetensors.safe_open(path, "np") as file:
-            slices = {name: file.get_slice(name) for name in file.offset_keys()}
-            kinds = {name: part.get_dtype() for name, part in slices.items()}
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): {_sizes(path)}; download or copy it again") from None
-    if unknown := [f"{name} ({kind})" for name, kind in kinds.items() if kind not in SAFETENSORS]:
-        raise ValueError(f"{path} holds dtypes other than {', '.join(SAFETENSORS)}: {', '.join(unknown)}")
-    return {
-        name: LazyTensor(shapes[name], SAFETENSORS[kind], functools.partial(_read_safetensors, path, name))
-        for name, kind in kinds.items()
-    }
+    """The format by hand: the library reads the header anew for every tensor, and copies all of it."""
+    with reading(path, "is damaged or no safetensors file", "; download or copy it again"):
+        with regular(path).open("rb") as file:
+            size, start = os.fstat(file.fileno()).st_size, 8 + int.from_bytes(file.read(8), "little")
+            if size < 8 or start > 8 + MOST_HEADER:
+                raise ValueError(f"it does not begin as a safetensors file does, actual size {size}")
+            if start > size:
+                raise ValueError(f"expected {start} bytes or more, actual size {size}")
+            entries = _entries(file.read(start - 8))
+        end = start + max((end for _, _, _, end in entries.values()), default=0)
+        if end != size:
+            raise ValueError(f"expected {end} bytes, actual size {size}")
+    if unknown := [f"{name} ({kind})" for name, (kind, *_) in entries.items() if kind not in SAFETENSORS]:
+        raise ValueError(f"{path} holds dtypes other than {', '.join(SAFETENSORS)}: {listed(unknown)}")
+    tensors = {}
+    for name, (kind, shape, begin, end) in entries.items():
+        dtype = SAFETENSORS[kind]
+        if math.prod(shape) * dtype.itemsize != end - begin:
+            raise ValueError(f"{path}: {brief(name)}, {kind} {brief(shape)}, cannot have {end - begin} bytes")
+        read = functools.partial(_read_safetensors, path, size, name, start + begin, shape, dtype)
+        tensors[name] = LazyTensor(shape, dtype, read)
+    return tensors
 
 
-def _read_safetensors(path, name):
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            return file.get_tensor(name)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: {name} cannot be read any more ({error}): {_sizes(path)}") from None
+def _entries(text: bytes) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """{name: (dtype, shape, first byte, the byte behind)} of a header, in the order of their bytes, none left out."""
+    if not isinstance(header := parse_json(text), dict):
+        raise ValueError("its header is no JSON object")
+    header.pop("__metadata__", None)
+    _check_count(header)
+    entries = {name: _entry(name, entry) for name, entry in header.items()}
+    entries = dict(sorted(entries.items(), key=lambda item: item[1][2:]))
+    place = 0
+    for name, (_, _, begin, end) in entries.items():
+        if begin != place:
+            raise ValueError(f"{brief(name)} begins at byte {begin} of the data, where that of another ends at {place}")
+        place = end
+    return entries
 
 
-def _sizes(path):
-    """What the header of a damaged file asks for, and what is there."""
-    actual = path.stat().st_size
+def _check_count(tensors):
+    if not 0 < len(tensors) <= MOST_TENSORS:
+        raise ValueError(f"it has {len(tensors):,} tensors, and must have from 1 to {MOST_TENSORS:,}")
+
+
+def _entry(name: str, entry) -> tuple[str, tuple[int, ...], int, int]:
+    kind, shape, place = _values(entry)
+    fits = isinstance(kind, str) and isinstance(shape, list) and isinstance(place, list) and len(place) == 2
+    if not fits or not all(type(n) is int and 0 <= n <= sys.maxsize for n in (*place, *shape)) or place[0] > place[1]:
+        raise ValueError(f"{brief(name)} has no dtype, shape and data_offsets: {brief(entry)}")
+    if len(shape) > MOST_AXES or math.prod(max(n, 1) for n in shape) > sys.maxsize // 8:
+        raise ValueError(f"{brief(name)} has {len(shape):,} axes, {brief(shape)}, which no array has")
+    return kind, tuple(shape), place[0], place[1]
+
+
+def _values(entry) -> tuple[Any, Any, Any]:
+    found = entry if isinstance(entry, dict) else {}
+    return found.get("dtype"), found.get("shape"), found.get("data_offsets")
+
+
+def _read_safetensors(path, size, name, place, shape, dtype):
     with path.open("rb") as file:
-        header = 8 + int.from_bytes(file.read(8), "little")
-        try:
-            if header > MOST_HEADER:
-                return f"it does not begin as a safetensors file does, actual size {actual}"
-            if header > actual:
-                return f"expected {header} bytes or more, actual size {actual}"
-            entries = json.loads(file.read(header - 8))
-            ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
-            return f"expected {header + max(ends, default=0)} bytes, actual size {actual}"
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            return f"its header cannot be read, actual size {actual}"
+        if (now := os.fstat(file.fileno()).st_size) != size:
+            raise ValueError(f"{path}: {brief(name)} cannot be read any more: expected {size} bytes, actual size {now}")
+        file.seek(place)
+        array = np.empty(shape, dtype)
+        with reading(path, "cannot be read any more"):
+            if (count := file.readinto(array.reshape(-1).view(np.uint8))) != array.nbytes:
+                raise ValueError(f"{brief(name)} has {count} of {array.nbytes} bytes")
+    return array
 
 
 def _open_index(path):
-    places = _weight_map(path)
+    shards = _by_shard(places := _weight_map(path))
     problems, tensors = [], {}
-    for shard in dict.fromkeys(places.values()):
+    for shard, names in shards.items():
         if not (path.parent / shard).is_file():
             problems.append(f"{shard} is missing")
             continue
@@ -133,34 +177,34 @@ def _open_index(path):
             continue
         for name in held:
             if name not in places:
-                problems.append(f"{shard} holds {name}, which the index does not name")
+                problems.append(f"{shard} holds {brief(name)}, which the index does not name")
             elif places[name] != shard:
-                problems.append(f"{shard} holds {name}, which the index places in {places[name]}")
-        lacking = [name for name, place in places.items() if place == shard and name not in held]
-        problems += [f"{shard} lacks {name}" for name in lacking]
-        tensors |= held
+                problems.append(f"{shard} holds {brief(name)}, which the index places in {places[name]}")
+        problems += [f"{shard} lacks {brief(name)}" for name in names if name not in held]
+        tensors |= {name: held[name] for name in names if name in held}
     if problems:
-        raise ValueError(f"{path} and its files disagree; download or copy them again: {'; '.join(problems)}")
+        told = listed(problems, 20, "; ")
+        raise ValueError(f"{path} and its files disagree; download or copy them again: {told}")
     return {name: tensors[name] for name in places}
 
 
+def _by_shard(places: Mapping[str, str]) -> dict[str, list[str]]:
+    shards = {}
+    for name, place in places.items():
+        shards.setdefault(place, []).append(name)
+    return shards
+
+
 def _weight_map(path):
-    try:
-        places = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)["weight_map"]
-        for place in places.values():
+    problem = 'is no index {"weight_map": {tensor: file name}}'
+    places = read_json(path, problem)
+    with reading(path, problem):
+        places = places["weight_map"]
+        _check_count(places)
+        for place in dict.fromkeys(places.values()):
             if pathlib.PurePath(place).name != place:
-                raise ValueError(f"it places tensors in {place!r}, which is no plain file name")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        wanted = '{"weight_map": {tensor: file name}}'
-        raise ValueError(f"{path} is no index {wanted}: {type(error).__name__}: {error}") from None
+                raise ValueError(f"it places tensors in '{brief(place)}', which is no plain file name")
     return places
-
-
-def _unique(pairs):
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"named twice: {', '.join(sorted({name for name in names if names.count(name) > 1}))}")
-    return dict(pairs)
 
 
 def write_tensors(
@@ -194,7 +238,8 @@ def write_tensors(
         for name, shard in zip(names, shards, strict=True):
             _write_file(temporary / name, {tensor: tensors[tensor] for tensor in shard}, metadata, progress)
         for name, text in texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
+            with writing(temporary / name):
+                (temporary / name).write_text(text, encoding="utf-8")
     return [*names, *texts]
 
 
@@ -233,7 +278,7 @@ def _write_file(path, tensors, metadata, progress):
         header[name] = {"dtype": CODES[np.dtype(tensors[name].dtype)], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with writing(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             tensor = tensors[name]

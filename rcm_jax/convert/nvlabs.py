@@ -6,28 +6,26 @@ a file of torch.save of before 1.6: five pickles (a magic number, a version, the
 the number of elements and their memory. All of a file is held in memory until its tensors are read.
 """
 
+import functools
 import io
 import os
 import pickle
 import re
-import typing
+from collections.abc import Iterator
 
 from rcm_jax.convert.lazy import LazyTensor
+from rcm_jax.convert.pickles import Dict, Ignored, Inert, load
 from rcm_jax.convert.torch_file import (
     ALLOWED,
     STORAGES,
     WAY_OUT,
-    Dict,
     File,
-    Ignored,
-    Inert,
     Storage,
-    Unpickler,
-    check_opcodes,
     flatten,
     lazy_tensor,
+    named_in,
 )
-from rcm_jax.util.files import as_path
+from rcm_jax.util.files import listed, reading, regular
 
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001  # what a file of the old format begins with
 TORCH_MODULE = re.compile(r"torch\.nn\.modules\.\w+")  # containers, and layers of other networks
@@ -84,31 +82,23 @@ for _core in ("numpy.core", "numpy._core"):
 STORAGE_TYPES = {key: made for key, made in ALLOWED.items() if key[1] in STORAGES}
 
 
-class _Snapshot(Unpickler):
-    """Also makes modules."""
-
-    def find_class(self, module, name):
-        return _Module if TORCH_MODULE.fullmatch(module) else super().find_class(module, name)
+def _find(module, name):
+    """Also finds modules."""
+    return _Module if TORCH_MODULE.fullmatch(module) else named_in(SNAPSHOT)(module, name)
 
 
-class _Old(Unpickler):
-    """The pickles of the old format: a storage is (its type, its key, its number of elements)."""
-
-    def persistent_load(self, reference):
-        tag, kind, key, _, numel, view = reference
-        if tag != "storage" or type(kind) is not str or type(numel) is not int or numel < 0 or view is not None:
-            raise pickle.UnpicklingError("a reference is not (storage, type, key, location, number of elements, None)")
-        return kind, key, numel
+def _referred(reference) -> tuple:
+    """In the old format: a storage is (its type, its key, its number of elements)."""
+    tag, kind, key, _, numel, view = reference
+    if tag != "storage" or type(kind) is not str or type(numel) is not int or numel < 0 or view is not None:
+        raise pickle.UnpicklingError("a reference is not (storage, type, key, location, number of elements, None)")
+    return kind, key, numel
 
 
 def _old_storage(data: bytes) -> Storage:
     """The storage that is all of a file of the old format; pickle.UnpicklingError for any other file."""
-    stream, parts = io.BytesIO(data), []
-    for _ in range(5):
-        start = stream.tell()
-        check_opcodes(stream, len(data))
-        stream.seek(start)
-        parts.append(_Old(stream, _nothing, STORAGE_TYPES).load())
+    stream = io.BytesIO(data)
+    parts = [load(stream, len(data), named_in(STORAGE_TYPES), _referred) for _ in range(5)]
     magic, version, machine, (kind, key, numel), keys = parts
     if (magic, version, machine["little_endian"], keys) != (MAGIC, VERSION, True, [key]):
         raise pickle.UnpicklingError("a tensor's storage is not as torch writes it on a little-endian machine")
@@ -118,7 +108,7 @@ def _old_storage(data: bytes) -> Storage:
     return Storage(memoryview(data)[start:], dtype, numel)
 
 
-def _nothing(name):
+def _nothing(reference):
     raise pickle.UnpicklingError("it refers to a storage outside itself")
 
 
@@ -128,30 +118,27 @@ def open_snapshot(path: str | os.PathLike, which: str = "ema") -> dict[str, Lazy
     Raises ValueError for damaged files, for a file without that module, and for anything in the pickle that is neither
     data, a module nor a tensor (nothing of it is executed).
     """
-    with as_path(path).open("rb") as opened:
+    with regular(path).open("rb") as opened:
         data = opened.read()
-    file = File(str(path), len(data), lambda: io.BytesIO(data))
-    try:
-        check_opcodes(data, len(data))
-        content: typing.Any = _Snapshot(io.BytesIO(data), _nothing, SNAPSHOT).load()
+    file = File(str(path), len(data), functools.partial(io.BytesIO, data))
+    with reading(file, "is no snapshot of NVlabs", f". Nothing in it was executed; {WAY_OUT}"):
+        content = load(io.BytesIO(data), len(data), _find, _nothing)
         if isinstance(content, dict):
             modules = {name: value for name, value in content.items() if isinstance(value, _Module)}
             if which not in modules:
-                raise ValueError(f"it has no module {which!r}, but {', '.join(map(str, modules)) or 'none at all'}")
+                raise ValueError(f"it has no module {which!r}, but {listed(modules) or 'none at all'}")
             content = modules[which]
-        state = _state_dict(content)
-    except Exception as error:  # a hostile pickle can raise anything
-        raise ValueError(
-            f"{file} is no snapshot of NVlabs: {type(error).__name__}: {error}. Nothing in it was executed; {WAY_OUT}"
-        ) from None
+        state = _state_dict(content, iter(range(len(data))))
     return {name: lazy_tensor(file, name, view) for name, view in flatten(file, state).items()}
 
 
-def _state_dict(module) -> dict:
-    """Parameters and buffers, and those of the modules inside, nested. Modules without an end end in an error."""
+def _state_dict(module, visits: Iterator) -> dict:
+    """Parameters and buffers, and those of the modules inside, nested. A module may be in several: visits end."""
     if not isinstance(module, _Module):
         raise ValueError(f"there is {type(module).__name__!r} in the place of a module")
+    if next(visits, None) is None:
+        raise ValueError("its modules are in each other more often than it has bytes")
     groups = [module.state.get(name) or {} for name in ("_parameters", "_buffers")]
     found = {name: value for group in groups for name, value in group.items() if value is not None}
     inner = (module.state.get("_modules") or {}).items()
-    return found | {name: _state_dict(value) for name, value in inner if value is not None}
+    return found | {name: _state_dict(value, visits) for name, value in inner if value is not None}

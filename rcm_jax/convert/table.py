@@ -17,6 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from rcm_jax.convert.values import check_finite
+from rcm_jax.util.files import brief, listed
 
 FLOATS = tuple(np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
 # Of training checkpoints, of ComfyUI, of the networks that NVlabs wraps. The longest that fits is a name's.
@@ -194,7 +195,7 @@ def without_prefix(tensors: Mapping) -> Mapping:
         return tensors
     bare = [name for name, prefix in prefixes.items() if not prefix]
     if len(found) > 1 or bare:
-        some = found + ([f"none ({bare[0]}, …)"] if bare else [])
+        some = found + ([f"none ({brief(bare[0])}, …)"] if bare else [])
         raise ValueError(f"the tensors have several prefixes, {', '.join(some)}: choose one network by its prefix")
     return {name.removeprefix(found[0]): tensor for name, tensor in tensors.items()}
 
@@ -208,7 +209,7 @@ def recognise(tensors: Mapping, layouts: Mapping[str, Mapping[str, Entry]], what
     lines = _grouped(problems[nearest])
     raise ValueError(
         f"the {len(tensors)} tensors are no {what}; nearest is the layout {nearest!r}, "
-        f"with {len(problems[nearest])} problems:\n" + "\n".join(f"- {line}" for line in lines)
+        f"with {len(problems[nearest])} problems:\n- " + listed(lines, 200, "\n- ")
     )
 
 
@@ -225,28 +226,28 @@ def _problems(tensors, entries) -> list[tuple[str, str]]:
     return wrong
 
 
-def _list(shape) -> list[int]:
-    return [int(n) for n in shape]
+def _list(shape) -> str:
+    return brief([int(n) for n in shape])
 
 
 def _grouped(problems) -> list[str]:
     """One line for what several layers have in common: blocks.{0-3,7}.norm3.bias: missing."""
     groups = {}
     for name, problem in problems:
-        block = re.match(r"(.*\bblocks?\.)(\d+)(\..*)", name)
+        block = re.match(r"(.*\bblocks?\.)(\d{1,9})(\..*)", name)
         key = (block[1], block[3], problem) if block else (name, "", problem)
         groups.setdefault(key, []).append(int(block[2]) if block else None)
     return [
-        f"{before}{_ranges(layers) if after else ''}{after}: {problem}"
+        f"{brief(before)}{_ranges(layers) if after else ''}{brief(after)}: {problem}"
         for (before, after, problem), layers in groups.items()
     ]
 
 
 def _ranges(numbers) -> str:
     """Numbers as one sees them in a shell: 3, or {0-3,7}."""
-    numbers = sorted(numbers)
-    starts = [n for n in numbers if n - 1 not in numbers]
-    ends = [n for n in numbers if n + 1 not in numbers]
+    there = set(numbers)
+    starts = [n for n in sorted(there) if n - 1 not in there]
+    ends = [n for n in sorted(there) if n + 1 not in there]
     parts = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
     return parts[0] if len(numbers) == 1 else "{" + ",".join(parts) + "}"
 

@@ -3,8 +3,8 @@
 Format: a zip in which <root>/data.pkl is a pickle in which tensors refer to storages, <root>/data/<key> is the raw
 memory of one storage, stored uncompressed; <root>/byteorder. Before torch 1.6 it was one pickle after another (a magic
 number, a version, the machine, the content, the keys of its storages) and then the storages, each behind the number of
-its elements. A pickle is a program: this one may name nothing but what ALLOWED has.
-A hostile file can take long or end the process (keys nested millions deep), it cannot run anything.
+its elements. A pickle is a program: this one may name nothing but what ALLOWED has (rcm_jax.convert.pickles).
+The CRC-32 of a record of the zip is compared when something of it is first read.
 """
 
 import collections
@@ -14,16 +14,17 @@ import io
 import math
 import os
 import pickle
-import pickletools
 import sys
 import typing
 import zipfile
+import zlib
 
 import ml_dtypes
 import numpy as np
 
 from rcm_jax.convert.lazy import LazyTensor
-from rcm_jax.util.files import as_path
+from rcm_jax.convert.pickles import Dict, Ignored, Inert, load
+from rcm_jax.util.files import brief, listed, reading, regular
 
 STORAGES = {
     "FloatStorage": np.dtype("float32"),
@@ -38,15 +39,18 @@ STORAGES = {
     "BoolStorage": np.dtype("bool"),
 }
 MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # with which files of before torch 1.6 begin
+MOST_AXES, CHUNK = 32, 1 << 20
 WAY_OUT = "load it with torch where you trust it and save only its state dict, or use the safetensors release"
 
 
-class File(typing.NamedTuple):
-    """What is read: its name in errors, its number of bytes, and what opens it."""
+@dataclasses.dataclass(frozen=True)
+class File:
+    """What is read: its name in errors, its number of bytes, what opens it, and which records are known to be whole."""
 
     name: str
     size: int
     open: typing.Callable[[], typing.BinaryIO]
+    whole: set[str] = dataclasses.field(default_factory=set)
 
     def __str__(self):
         return self.name
@@ -69,23 +73,6 @@ class Storage(typing.NamedTuple):
     numel: int
 
 
-class Inert:
-    """Base of the classes that a file can name. A pickle's BUILD finds __setstate__ on the class and on its instances,
-    so it can change neither; there is no __dict__."""
-
-    __slots__ = ()
-
-    @staticmethod
-    def __setstate__(*state):
-        pass
-
-
-class Dict(Inert, dict):
-    """An OrderedDict without attributes: the _metadata of state dicts is dropped."""
-
-    __slots__ = ()
-
-
 class View(Inert, collections.namedtuple("View", "storage offset size stride grad hooks metadata", defaults=[None])):
     """The arguments of torch's rebuild function, unchecked."""
 
@@ -101,15 +88,6 @@ class _Parameter(Inert):
         return data
 
 
-class Ignored(Inert):
-    """Something that is no tensor and that real checkpoints have beside them; its arguments are dropped."""
-
-    __slots__ = ()
-
-    def __new__(cls, *args):
-        return super().__new__(cls)
-
-
 ALLOWED = {
     ("torch._utils", "_rebuild_tensor_v2"): View,
     ("torch._utils", "_rebuild_parameter"): _Parameter,
@@ -122,31 +100,30 @@ ALLOWED = {
 } | {("torch", name): name for name in STORAGES}
 
 
-class Unpickler(pickle.Unpickler):
-    """Makes dicts, lists, tuples, numbers, strings and the classes above; every other name is an error."""
+def named_in(allowed: typing.Mapping) -> typing.Callable[[str, str], typing.Any]:
+    """What finds a class, or the name of a storage, in a table; every other name is an error."""
 
-    def __init__(self, stream: typing.BinaryIO, find_entry: typing.Any, allowed: typing.Mapping = ALLOWED):
-        super().__init__(stream)
-        self._find_entry, self._allowed = find_entry, allowed
-        self.storages: list[typing.Any] = []  # in the order in which they were met
+    def find(module, name):
+        if (module, name) not in allowed:
+            raise pickle.UnpicklingError(f"it asks for '{brief(f'{module}.{name}')}', which no plain state dict needs")
+        return allowed[module, name]
 
-    def find_class(self, module, name):
-        if (module, name) not in self._allowed:
-            raise pickle.UnpicklingError(f"it asks for {f'{module}.{name}'!r:.200}, which no plain state dict needs")
-        return self._allowed[module, name]
+    return find
 
-    def persistent_load(self, reference):
-        tag, kind, key, _, numel, *view = reference
-        known = type(kind) is str and kind in STORAGES and view in ([], [None])  # a view of another: until torch 0.4
-        if tag != "storage" or not known or type(key) is not str or type(numel) is not int or numel < 0:
-            raise pickle.UnpicklingError("a reference is not (storage, type, key, location, number of elements)")
-        entry = self._find_entry(f"data/{key}")
-        storage = Storage(entry, STORAGES[kind], numel)
-        needed, held = numel * storage.dtype.itemsize, entry.file_size
-        if held < needed:
-            raise pickle.UnpicklingError(f"storage {key:.50} has {held} bytes, {numel} × {storage.dtype} need {needed}")
-        self.storages.append(storage)
-        return storage
+
+def _referred(find_entry, storages: list[Storage], reference) -> Storage:
+    """The storage of a persistent reference, also appended to those that were met before."""
+    tag, kind, key, _, numel, *view = reference
+    known = type(kind) is str and kind in STORAGES and view in ([], [None])  # a view of another: until torch 0.4
+    if tag != "storage" or not known or type(key) is not str or type(numel) is not int or numel < 0:
+        raise pickle.UnpicklingError("a reference is not (storage, type, key, location, number of elements)")
+    entry = find_entry(f"data/{key}")
+    storage = Storage(entry, STORAGES[kind], numel)
+    needed, held = numel * storage.dtype.itemsize, entry.file_size
+    if held < needed:
+        raise pickle.UnpicklingError(f"storage {key:.50} has {held} bytes, {numel} × {storage.dtype} need {needed}")
+    storages.append(storage)
+    return storage
 
 
 def open_torch_file(path: str | os.PathLike) -> dict[str, LazyTensor]:
@@ -155,7 +132,7 @@ def open_torch_file(path: str | os.PathLike) -> dict[str, LazyTensor]:
     Reads the pickle and the zip's directory; a tensor's bytes are read when it is. Raises ValueError for other formats,
     for damaged files, and for anything in the pickle that is neither data nor a tensor (nothing of it is executed).
     """
-    place = as_path(path)
+    place = regular(path)
     with place.open("rb") as opened:
         file = File(str(path), opened.seek(0, os.SEEK_END), lambda: place.open("rb"))
     return {name: lazy_tensor(file, name, view) for name, view in flatten(file, _content(file)).items()}
@@ -178,68 +155,70 @@ def _content(file: File) -> typing.Any:
     with file.open() as opened:
         if opened.read(len(MAGIC)) == MAGIC:
             return _old_content(file, opened)
+    with reading(f"{file} ({file.size} bytes)", "cannot be read"), file.open() as opened:
+        archive = _directory(opened)
+        root = _root(archive, file.size)
+        find_entry = functools.partial(_entry, archive, file.size, root)
+        if f"{root}/byteorder" in archive.NameToInfo and _record(file, find_entry("byteorder")) != b"little":
+            raise ValueError(f"it was written on a big-endian machine; {WAY_OUT}")
+        data = _record(file, find_entry("data.pkl"))
+    with reading(file, "is no plain state dict", f". Nothing in it was executed; {WAY_OUT}"):
+        return load(io.BytesIO(data), len(data), named_in(ALLOWED), functools.partial(_referred, find_entry, []))
+
+
+def _directory(opened) -> zipfile.ZipFile:
+    """Of a zip; zipfile reads it when it is opened, and nothing else."""
     try:
-        with file.open() as opened, zipfile.ZipFile(opened) as archive:
-            root = _root(archive)
-            find_entry = functools.partial(_entry, archive, file.size, root)
-            if f"{root}/byteorder" in archive.namelist() and archive.read(find_entry("byteorder")) != b"little":
-                raise ValueError("it was written on a big-endian machine")
-            data = archive.read(find_entry("data.pkl"))
-    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
-        raise ValueError(f"{file} ({file.size} bytes) cannot be read: {_why(file, error)}") from None
-    try:
-        check_opcodes(data, len(data))
-        return Unpickler(io.BytesIO(data), find_entry).load()
-    except Exception as error:  # a hostile pickle can raise anything
-        raise ValueError(
-            f"{file} is no plain state dict: {type(error).__name__}: {error}. Nothing in it was executed; {WAY_OUT}"
-        ) from None
+        with zipfile.ZipFile(opened) as archive:
+            return archive
+    except Exception as error:  # a hostile directory can raise anything
+        opened.seek(0)
+        is_zip = opened.read(4) == b"PK\x03\x04"
+        why = f"the zip is truncated or damaged ({brief(error)}); download or copy it again"
+        other = f"it is no zip, and no old file of torch.save; load and save it with a current torch, or {WAY_OUT}"
+        raise ValueError(why if is_zip else other) from None
 
 
 def _old_content(file, opened):
     """The same for a file of before torch 1.6, opened behind its magic number."""
-    try:
-        version, machine = (Unpickler(_next_pickle(opened), None).load() for _ in range(2))
+    storages: list[typing.Any] = []
+    refer = functools.partial(_referred, functools.cache(Raw), storages)
+    with reading(file, "is no plain state dict", f". Nothing in it was executed; {WAY_OUT}"):
+        version, machine = (load(opened, file.size, named_in(ALLOWED), _nothing) for _ in range(2))
         if version != 1001 or not machine["little_endian"]:
-            raise pickle.UnpicklingError(f"it is of version {version}, or written on a big-endian machine")
-        unpickler = Unpickler(_next_pickle(opened), functools.cache(Raw))
-        content = unpickler.load()
-        order = Unpickler(_next_pickle(opened), None).load()
-        storages = {storage.entry.filename: storage for storage in unpickler.storages}
-        if any(storage != storages[storage.entry.filename] for storage in unpickler.storages):
-            raise pickle.UnpicklingError("it has two storages of one name")
+            raise ValueError(f"it is of version {version}, or written on a big-endian machine")
+        content = load(opened, file.size, named_in(ALLOWED), refer)
+        order = load(opened, file.size, named_in(ALLOWED), _nothing)
+        left: dict[str, typing.Any] = {storage.entry.filename: storage for storage in storages}
+        if any(storage != left[storage.entry.filename] for storage in storages):
+            raise ValueError("it has two storages of one name")
         start = opened.tell()
-        for storage in (storages.pop(f"data/{key}") for key in order):
+        for storage in (left.pop(f"data/{key}") for key in order):
             opened.seek(start)
             if int.from_bytes(opened.read(8), "little") != storage.numel:
-                raise pickle.UnpicklingError(f"{storage.entry.filename} has not {storage.numel} elements")
-            assert isinstance(storage.entry, Raw)
+                raise ValueError(f"{storage.entry.filename:.50} has not {storage.numel} elements")
             storage.entry.start = start + 8
             start += 8 + storage.numel * storage.dtype.itemsize
-    except Exception as error:  # a hostile pickle can raise anything
-        raise ValueError(
-            f"{file} is no plain state dict: {type(error).__name__}: {error}. Nothing in it was executed; {WAY_OUT}"
-        ) from None
-    if storages or start > file.size:
+    if left or start > file.size:
         raise ValueError(f"{file} is truncated: it has {file.size} of {start} bytes; download or copy it again")
     return content
 
 
-def _next_pickle(opened) -> typing.BinaryIO:
-    """The pickle that begins where a file is open, checked; the file then stands behind it."""
-    start = opened.tell()
-    collections.deque(pickletools.genops(opened), 0)
-    size = opened.tell() - start
-    opened.seek(start)
-    data = opened.read(size)
-    check_opcodes(data, size)
-    return io.BytesIO(data)
+def _nothing(reference):
+    raise pickle.UnpicklingError("it refers to a storage where none is")
 
 
-def _root(archive):
-    roots = [name.split("/")[0] for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
+def _root(archive, size):
+    """The folder in a zip that has all; ValueError unless every record is there once, and in a place of its own."""
+    entries, names = archive.infolist(), archive.NameToInfo
+    if len(names) < len(entries):
+        twice = (name for name, count in collections.Counter(e.filename for e in entries).items() if count > 1)
+        raise ValueError(f"the zip has two records of one name: {listed(twice)}")
+    if sum(entry.compress_size for entry in entries) > size:
+        raise ValueError("the zip has records in the place of others")
+    roots = [name.split("/")[0] for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1:
-        raise ValueError(f"a file of torch.save has one data.pkl in a folder, this zip has {len(roots)}")
+        raise ValueError(f"a file of torch.save has one data.pkl in a folder, this zip has {len(roots)}; {WAY_OUT}")
     return roots[0]
 
 
@@ -248,58 +227,41 @@ def _entry(archive, file_size, root, name):
     try:
         entry = archive.getinfo(f"{root}/{name}")
     except KeyError:
-        raise ValueError(f"the entry {root}/{name:.100} is missing") from None
+        raise ValueError(f"the entry {brief(f'{root}/{name}')} is missing") from None
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.file_size != entry.compress_size:
-        raise ValueError(f"the entry {entry.filename} is compressed or encrypted, which torch.save never does")
+        why = "is compressed or encrypted, which torch.save never does"
+        raise ValueError(f"the entry {brief(entry.filename)} {why}; {WAY_OUT}")
     if not 0 <= entry.header_offset <= file_size - entry.file_size:
-        raise ValueError(f"the entry {entry.filename} lies outside the file's {file_size} bytes")
+        raise ValueError(f"the entry {brief(entry.filename)} lies outside the file's {file_size} bytes")
     return entry
 
 
-def _why(file, error):
-    with file.open() as opened:
-        is_zip = opened.read(4) == b"PK\x03\x04"
-    if not isinstance(error, zipfile.BadZipFile):
-        return f"{error}; {WAY_OUT}"
-    if is_zip:
-        return f"the zip is truncated or damaged ({error}); download or copy it again"
-    return f"it is no zip, and no old file of torch.save; load and save it with a current torch, or {WAY_OUT}"
-
-
-def check_opcodes(data, size):
-    """Refuses what the unpickler does without asking: codes of the copyreg registry, and a memo of any length.
-
-    data: bytes, or a stream that is left behind the pickle; of so many bytes in all.
-    """
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in ("EXT1", "EXT2", "EXT4"):
-            raise pickle.UnpicklingError(f"it uses the extension code {argument}")
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > size:
-            raise pickle.UnpicklingError(f"it has {size} bytes and wants to memorise item {argument}")
-
-
 def flatten(file, content):
-    """{dotted name: view} in order, without recursion: depth and sharing are the file's choice."""
+    """{dotted name: view} in order, without recursion: depth and sharing are the file's choice, the length of all names
+    together is not."""
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no dict of tensors; {WAY_OUT}")
-    views, seen = {}, set()
+    views, seen, letters = {}, set(), 0
     stack: list[tuple[str, dict | View]] = [("", content)]
     while stack:
         prefix, item = stack.pop()
         if isinstance(item, View):
             name = prefix[1:]
             if name in views:
-                raise ValueError(f"{file} holds two tensors named {name!r:.200}; {WAY_OUT}")
+                raise ValueError(f"{file} holds two tensors named {brief(name)!r}; {WAY_OUT}")
             views[name] = item
         elif id(item) in seen:
-            raise ValueError(f"{file} holds {prefix[1:]!r:.200} a second time; {WAY_OUT}")
+            raise ValueError(f"{file} holds {brief(prefix[1:])!r} a second time; {WAY_OUT}")
         else:
             seen.add(id(item))
             below = [(key, value) for key, value in item.items() if isinstance(value, dict | View)]
             if not all(isinstance(key, str | int) for key, _ in below):
                 raise ValueError(
-                    f"{file}: {prefix[1:]!r:.200} has keys that are neither strings nor integers; {WAY_OUT}"
+                    f"{file}: {brief(prefix[1:])!r} has keys that are neither strings nor integers; {WAY_OUT}"
                 )
+            letters += sum(len(prefix) + len(key) if isinstance(key, str) else len(prefix) for key, _ in below)
+            if letters > 1_000_000 + file.size:
+                raise ValueError(f"{file}: {brief(prefix[1:])!r} is too long for a name, or too deep; {WAY_OUT}")
             stack += reversed([(f"{prefix}.{key}", value) for key, value in below])
     if not views:
         raise ValueError(f"{file} holds not a single tensor in its dicts; {WAY_OUT}")
@@ -311,13 +273,14 @@ def lazy_tensor(file, name, view):
     storage, offset, size, stride = view[:4]
     shaped = isinstance(storage, Storage) and type(size) is tuple and type(stride) is tuple
     if not shaped or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
-        raise ValueError(f"{file}: {name!r:.200} is no storage with an offset, a shape and strides from 0 up")
+        raise ValueError(f"{file}: {brief(name)!r} is no storage with an offset, a shape and strides from 0 up")
     extent = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=False))
-    numpy_can = len(size) == len(stride) <= 64 and math.prod(max(n, 1) for n in size) * 8 <= sys.maxsize
-    if not numpy_can or offset + extent > storage.numel:
+    numpy_can = len(size) == len(stride) <= MOST_AXES and math.prod(max(n, 1) for n in size) * 8 <= sys.maxsize
+    repeated = numpy_can and math.prod(size) > max(file.size, storage.numel)  # by strides of 0
+    if not numpy_can or repeated or offset + extent > storage.numel:
         raise ValueError(
-            f"{file}: {name!r:.200} with shape {size}, strides {stride} and offset {offset} does not lie inside its "
-            f"storage of {storage.numel} elements"
+            f"{file}: {brief(name)!r} with shape {brief(size)}, strides {brief(stride)} and offset {brief(offset)} "
+            f"does not lie inside its storage of {storage.numel} elements"
         )
     return LazyTensor(size, storage.dtype, functools.partial(_read, file, view, extent))
 
@@ -335,19 +298,45 @@ def _read(file, view, extent):
 
 
 def _read_entry(file, entry, start, count):
-    """So many bytes of an old file, or of an entry of the zip. Its directory does not tell where an entry's data
-    starts: that is behind a local header (30 bytes, then a name and padding) of its own length."""
-    with file.open() as opened:
+    """So many bytes of an old file, or of an entry of the zip."""
+    with reading(file, "cannot be read any more"), file.open() as opened:
         if isinstance(entry, Raw):
             opened.seek(entry.start + start)
+            content = opened.read(count)
         else:
-            opened.seek(entry.header_offset)
-            header = opened.read(30)
-            if len(header) < 30 or header[:4] != b"PK\x03\x04":
-                raise ValueError(f"{file} is damaged: no entry {entry.filename} at byte {entry.header_offset}")
-            skip = sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
-            opened.seek(skip + start, os.SEEK_CUR)
-        content = opened.read(count)
+            content = _record(file, entry, start, count, opened)
     if len(content) != count:
-        raise ValueError(f"{file} is truncated: {entry.filename} has {len(content)} of {count} bytes")
+        raise ValueError(f"{file} is truncated: {brief(entry.filename)} has {len(content)} of {count} bytes")
     return content
+
+
+def _record(file, entry, start=0, count=None, opened=None):
+    """So many bytes of an entry of the zip, by default all. Its directory does not tell where an entry's data starts:
+    that is behind a local header (30 bytes, then a name and padding) of its own length."""
+    if opened is None:
+        with file.open() as opened:
+            return _record(file, entry, start, entry.file_size, opened)
+    opened.seek(entry.header_offset)
+    header = opened.read(30)
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        name, place = brief(entry.filename), entry.header_offset
+        raise ValueError(f"{file} is damaged: no entry {name} at byte {place}")
+    opened.seek(sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28)), os.SEEK_CUR)
+    if entry.filename in file.whole or not entry.CRC:  # torch writes 0 where set_crc32_options(False) was called
+        opened.seek(start, os.SEEK_CUR)
+        return opened.read(count)
+    total = _crc(opened, start)
+    content = opened.read(count)
+    total = _crc(opened, entry.file_size - start - count, zlib.crc32(content, total))
+    if len(content) == count and total != entry.CRC:
+        told = f"{brief(entry.filename)} has the CRC-32 {total:08x}, not {entry.CRC:08x}"
+        raise ValueError(f"{file} is damaged: {told}; download or copy it again")
+    file.whole.add(entry.filename)
+    return content
+
+
+def _crc(opened, count, total=0) -> int:
+    """Of the next so many bytes."""
+    while count > 0 and (part := opened.read(min(count, CHUNK))):
+        total, count = zlib.crc32(part, total), count - len(part)
+    return total

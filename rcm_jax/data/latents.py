@@ -24,9 +24,10 @@ import numpy as np
 
 from rcm_jax.data import records
 from rcm_jax.data.dataset import Dataset
-from rcm_jax.util.files import as_path, new_folder, stored, write_text
+from rcm_jax.util.files import as_path, brief, new_folder, read_json, reading, regular, stored, write_text
 from rcm_jax.util.ranges import Natural, Width, config, some
 
+MOST = 10**9  # examples in a file, places along an axis
 UNCOND, SET = "uncond.safetensors", "set.json"
 SHARD = re.compile(r"latents-(\d{5,})-of-(\d{5,})\.array_record")
 
@@ -65,9 +66,12 @@ def load(config: LatentsConfig) -> Dataset:
     path = folder / UNCOND
     if not path.exists():
         raise ValueError(f"{folder} has no {UNCOND}: the condition of guidance, with the names of the conditions")
-    uncond = examples.cut(records.decode(path.read_bytes(), path), examples.stored_shapes[0])
+    uncond = examples.cut(records.decode(regular(path).read_bytes(), path), examples.stored_shapes[0])
     records.check_uncond(uncond, examples.first, path)
-    classes = int(uncond["label"]) or None if "label" in uncond else None  # the label after the last, or of no meaning
+    label = uncond.get("label", np.int32(0))
+    if label.shape or label.dtype != np.int32 or label < 0:
+        raise ValueError(f"{path}: label is {brief(label)}, {label.dtype}; it must be a number of classes, int32")
+    classes = int(label) or None  # the label after the last, or of no meaning
     return Dataset(train=examples, test=None, uncond=uncond, num_classes=classes, view="video")
 
 
@@ -176,23 +180,22 @@ class Latents:
         shard = bisect.bisect_right(self.ends, row)
         position = row - (self.ends[shard - 1] if shard else 0)
         where = f"{self.paths[shard]}: record {position} (example {row})"
-        try:
+        with reading(where, "cannot be read", "; train.leave_out can leave it out"):
             record = self.shard(shard)[position]
-        except RuntimeError as error:
-            raise ValueError(f"{where} cannot be read: {error}; train.leave_out can leave it out") from None
         return records.decode(record, where), where
 
 
 def read_set(folder) -> dict:
     """What set.json says of the files, {"shards": [{"examples", "shape"}], …}; ValueError if it is none."""
     path = as_path(folder) / SET
-    try:
-        values = json.loads(path.read_text())
+    problem = "does not say what the set holds"
+    values = read_json(path, problem)
+    with reading(path, problem):
         for shard in values["shards"]:
-            if not isinstance(shard["examples"], int) or not all(isinstance(n, int) and n > 0 for n in shard["shape"]):
-                raise ValueError(f"{shard} are not a number of examples and a shape")
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} does not say what the set holds: {type(error).__name__}: {error}") from None
+            examples, shape = shard["examples"], shard["shape"]
+            fits = isinstance(shape, list) and 0 < len(shape) <= records.MOST_AXES
+            if not fits or not all(type(n) is int and 0 < n < MOST for n in (examples + 1, *shape)):
+                raise ValueError(f"{brief(shard)} are not a number of examples and a shape")
     return values
 
 

@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from rcm_jax.util.files import local
+from rcm_jax.util.files import brief, listed, local, reading, regular, writing
 
 # A group of one: a random read does not read its neighbours. Latents barely compress, and are read faster plain.
 OPTIONS = "group_size:1,uncompressed"
@@ -26,6 +26,7 @@ STORED_DTYPES = {
     "BF16": np.dtype(jnp.bfloat16),
     "I32": np.dtype(np.int32),  # conditions such as token ids and labels, not x0
 }
+MOST_AXES = 32
 ALLOWED = ", ".join(dtype.name for dtype in STORED_DTYPES.values())
 
 
@@ -56,14 +57,12 @@ def kinds_of(tensors: Mapping[str, np.ndarray]) -> Kinds:
 
 def in_words(kinds: Kinds) -> str:
     """For errors."""
-    return ", ".join(f"{name} {kind}" for name, kind in sorted(kinds.items())) or "nothing"
+    return listed(f"{name} {kind}" for name, kind in sorted(kinds.items())) or "nothing"
 
 
 def show(tensors: Mapping[str, np.ndarray]) -> str:
     """Names, dtypes and shapes, for errors."""
-    return (
-        ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in sorted(tensors.items())) or "nothing"
-    )
+    return listed(f"{name} {array.dtype} {list(array.shape)}" for name, array in sorted(tensors.items())) or "nothing"
 
 
 def check_x0(tensors: Mapping[str, np.ndarray], where) -> None:
@@ -103,13 +102,14 @@ def digest(record: bytes) -> str:
 
 def decode(data: bytes, where) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file or record; ValueError if it is none."""
-    try:
+    with reading(where, "is not in safetensors"):
         found = safetensors.deserialize(data)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{where} is not in safetensors: {error}") from None
-    if bad := [f"{name} is {tensor['dtype']}" for name, tensor in found if tensor["dtype"] not in STORED_DTYPES]:
-        raise ValueError(f"{where}: {', '.join(bad)}; tensors must be {', '.join(STORED_DTYPES)}")
-    return {name: np.frombuffer(t["data"], STORED_DTYPES[t["dtype"]]).reshape(t["shape"]) for name, t in found}
+    if bad := [f"{brief(name)} is {t['dtype']}" for name, t in found if t["dtype"] not in STORED_DTYPES]:
+        raise ValueError(f"{where}: {listed(bad)}; tensors must be {', '.join(STORED_DTYPES)}")
+    if bad := [f"{brief(name)} has {len(t['shape'])}" for name, t in found if len(t["shape"]) > MOST_AXES]:
+        raise ValueError(f"{where}: tensors have at most {MOST_AXES} axes, {listed(bad)}")
+    with reading(where, "is not in safetensors"):
+        return {name: np.frombuffer(t["data"], STORED_DTYPES[t["dtype"]]).reshape(t["shape"]) for name, t in found}
 
 
 def write_shard(path: str | os.PathLike, records: Iterable[bytes], limit: float = math.inf) -> int:
@@ -137,14 +137,14 @@ def write_shard(path: str | os.PathLike, records: Iterable[bytes], limit: float 
 def _disk_errors(path):
     """The RuntimeErrors of array_record as OSErrors that name the file."""
     try:
-        yield
+        with writing(path):
+            yield
     except RuntimeError as error:
         raise OSError(f"cannot write {path}: {error}") from None
 
 
 def open_shard(path) -> grain.sources.ArrayRecordDataSource:
     """Records by their places; ValueError for a file that is damaged. Of an object store a copy is read."""
-    try:
-        return grain.sources.ArrayRecordDataSource(str(local(path)))
-    except RuntimeError as error:
-        raise ValueError(f"{path} is damaged or no array_record file: {error}") from None
+    copy = local(path)
+    with reading(path, "is damaged or no array_record file"):
+        return grain.sources.ArrayRecordDataSource(str(regular(copy)))

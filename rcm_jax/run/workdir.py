@@ -4,13 +4,26 @@ A workdir belongs to the config that made it. Three kinds of config make one: an
 Pretraining (a teacher) and a Predictor (converted weights).
 """
 
+import contextlib
 import json
+
+from absl import logging
 
 from rcm_jax.parallel import distributed
 from rcm_jax.run.experiment import Experiment, Predictor, Pretraining, from_mapping
 from rcm_jax.train import checkpoint
 from rcm_jax.util.config import flatten, to_mapping
-from rcm_jax.util.files import as_path, check_new_folder, emptied_on_failure, empty, new_folder, stored, write_text
+from rcm_jax.util.files import (
+    as_path,
+    check_new_folder,
+    emptied_on_failure,
+    empty,
+    new_folder,
+    read_json,
+    reading,
+    stored,
+    write_text,
+)
 
 # What may change between a run and its continuation. (More pretraining steps would be another teacher.)
 COMPUTED = ("mesh.data", "mesh.fsdp", "mesh.seq", "model.attention", "model.remat")  # the same numbers, otherwise
@@ -85,20 +98,17 @@ def read(folder) -> Predictor:
     path = as_path(folder) / "config.json"
     if not path.exists():
         raise ValueError(f"{folder} is no training workdir: it has no config.json")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no config: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is no config: it holds no keys")
-    for old, new in OLD_PLACES.items():
-        _move(values, old.split("."), new.split("."))
-    if "rcm" in values and not values["rcm"].get("dmd"):
-        values["rcm"].setdefault("fake_score", None)
-    try:
+    problem = "is no config"
+    values = read_json(path, problem)
+    with reading(path, problem):
+        if not isinstance(values, dict):
+            raise ValueError("it holds no keys")
+        for old, new in OLD_PLACES.items():
+            _move(values, old.split("."), new.split("."))
+        rcm = values.get("rcm")
+        if isinstance(rcm, dict) and not rcm.get("dmd"):
+            rcm.setdefault("fake_score", None)
         return from_mapping(values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _move(values: dict, old: list[str], new: list[str]) -> None:
@@ -111,6 +121,8 @@ def _move(values: dict, old: list[str], new: list[str]) -> None:
     target = values
     for name in new[:-1]:
         target = target.setdefault(name, {})
+        if not isinstance(target, dict):
+            raise ValueError(f"{'.'.join(new[:-1])} is no group of keys")
     target[new[-1]] = source.pop(old[-1])
 
 
@@ -171,5 +183,17 @@ def write_converted(folder, config: Predictor, params, step: int = 0) -> None:
             write_text(folder / "config.json", as_json(config))
         return
     with new_folder(folder) as temporary:
-        checkpoint.write_params(temporary, params, step)
+        with _quiet():
+            checkpoint.write_params(temporary, params, step)
         write_text(temporary / "config.json", as_json(config))
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Of an error that it raises, Orbax has logged the traceback in each of its threads."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,17 +1,21 @@
 """Files that are either whole or not there, on this machine and in object stores (gs://, s3://)."""
 
+import collections
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
+import json
 import logging
 import os
 import pathlib
 import secrets
 import shutil
+import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import fsspec.config
@@ -21,6 +25,14 @@ from rcm_jax.util.extras import require
 
 os.environ.setdefault("EPATH_USE_TF", "no")  # epath would leave s3:// to TensorFlow wherever that is installed
 STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # by scheme: the package that knows it, and our extra
+MOST_JSON = 100_000_000  # bytes, as safetensors allows its headers
+SPECIAL = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def as_path(path: str | os.PathLike) -> Any:
@@ -114,6 +126,95 @@ def size(path) -> int:
     return found.length if stored(path) else found.st_size
 
 
+# --- reading what may be damaged, or made to do harm
+
+
+def regular(path: str | os.PathLike) -> Any:
+    """As `as_path`; ValueError for what is there and no file: to open a FIFO would wait for whoever writes to it."""
+    place = as_path(path)
+    if not stored(place) and not stat.S_ISREG(mode := place.stat().st_mode):
+        raise ValueError(f"{place} is {SPECIAL.get(stat.S_IFMT(mode), 'something else')}, not a file")
+    return place
+
+
+def brief(value, most: int = 200) -> str:
+    """What a file says, as it can stand in an error: cut, and with escapes for what cannot be printed."""
+    text = str(value)
+    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:most])
+    return shown if len(text) <= most else f"{shown}… ({len(text):,} characters)"
+
+
+def listed(values: Iterable, most: int = 10, between: str = ", ") -> str:
+    """The first of many, each `brief`, and how many more there are."""
+    values = list(values)
+    more = [f"{len(values) - most:,} more"] if len(values) > most else []
+    return between.join([*map(brief, values[:most]), *more])
+
+
+@contextlib.contextmanager
+def reading(path, problem: str, advice: str = "") -> Iterator[None]:
+    """Whatever a damaged or hostile file makes its reader raise, as one ValueError: PATH PROBLEM: why, and advice.
+
+    Errors of the system stay what they are, and name the file.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is a place before the begin of a file
+            if error.errno and error.filename is None:
+                raise OSError(error.errno, error.strerror, str(path)) from None
+            raise
+        if isinstance(error, ValueError) and str(error).startswith((f"{path} ", f"{path}: ")):  # it names the file
+            raise
+        why = brief(error, 1000)
+        if type(error) is not ValueError:
+            why = f"{type(error).__name__}: {why}" if why else type(error).__name__
+        raise ValueError(f"{path} {problem}: {why}{advice}") from None
+
+
+def read_json(path: str | os.PathLike, problem: str = "is no JSON") -> Any:
+    """What a JSON file holds; ValueError that says so of what is none, or too large."""
+    with reading(path, problem):
+        place = regular(path)
+        if size(place) > MOST_JSON:
+            raise ValueError(f"it has {size(place):,} bytes, and may have {MOST_JSON:,}")
+        return parse_json(place.read_bytes())
+
+
+def parse_json(data: bytes) -> Any:
+    """Of UTF-8; ValueError where a key is there twice, RecursionError where too much is in each other."""
+    return json.loads(data.decode(), object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        raise ValueError(f"named twice: {listed(sorted(name for name, count in counts.items() if count > 1))}")
+    return found
+
+
+# --- writing
+
+
+@contextlib.contextmanager
+def writing(path) -> Iterator[None]:
+    """Errors of the system while a file is written name that file, not a temporary one; so do those of a full disk,
+    which libraries tell in many words of their own."""
+    try:
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) and error.errno else _full(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from None
+
+
+def _full(error: Exception) -> int | None:
+    """The number of an error that tells of a full disk, or of a quota."""
+    return next((number for number in (errno.ENOSPC, errno.EDQUOT) if os.strerror(number) in str(error)), None)
+
+
 def write_whole(path: str | os.PathLike, write: Callable[[pathlib.Path], object]) -> None:
     """Calls write(temporary path), then renames or uploads: `path` is the old file or the whole new one."""
     place = as_path(path)
@@ -125,8 +226,9 @@ def write_whole(path: str | os.PathLike, write: Callable[[pathlib.Path], object]
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
     try:
-        write(temporary)
-        os.replace(temporary, place)
+        with writing(place):
+            write(temporary)
+            os.replace(temporary, place)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -205,6 +307,12 @@ def new_folder(path: str | os.PathLike, last: str = "config.json") -> Iterator[p
     try:
         yield temporary
         os.replace(temporary, place)
+    except Exception as error:
+        where = getattr(error, "filename", None) or (temporary if _full(error) else "")
+        if str(where).startswith(str(temporary)):
+            with writing(place / os.path.relpath(where, temporary)):  # the file will be sought where it was to be
+                raise
+        raise
     finally:
         if temporary.exists():
             _remove(temporary)

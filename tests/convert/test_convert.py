@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import time
 import weakref
 from typing import ClassVar
 
@@ -437,3 +439,47 @@ def test_tensors_written_are_views_but_for_the_flattened_patch():
         tensors = convert.to_reference("wan", params, TINY, layout)
         own = {name for name, array in tensors.items() if not any(np.shares_memory(array, leaf) for leaf in leaves)}
         assert own == ({"patch_embedding.weight"} if layout == "rcm" else set())
+
+
+# --- What a file may do to the one who names it
+
+
+@pytest.mark.parametrize("tensors", [{}, {"\x1b[31m" + "x" * 1000: 0}])
+def test_a_prefix_that_no_tensor_has_is_refused_in_one_line(tensors):
+    message = r"^of [01] tensors none begins with 'net\.'; the first is (not there$|\\x1b)"
+    with pytest.raises(ValueError, match=message) as caught:
+        convert.under_prefix(tensors, "net")
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "is no JSON: RecursionError"),
+        ("[]", "its kind is 'None'"),
+        ('{"kind": ["wan"]}', r"its kind is '\['wan'\]'"),
+        ('{"kind": "%s"}' % ("x" * 100_000), r"its kind is 'x*… \(100,000 characters\)'"),
+        ('{"kind": "wan", "dim": {"%s": 1}}' % ("x" * 100_000), "missing key ffn_dim"),
+        ('{"kind": "wan", "%s": 1}' % ("x" * 100_000), "unknown key xxx"),
+        ('{"kind": "wan", "kind": "edm"}', "named twice: kind"),
+    ],
+)
+def test_a_model_that_is_no_config_is_refused_in_one_line(tmp_path, text, message):
+    path = tmp_path / "model.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"^{path}[^\n]*{message}") as caught:
+        convert.named(str(path))
+    assert len(str(caught.value)) < 1500
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=f"^{path} is a FIFO, not a file$"):
+        convert.named(str(path))
+
+
+def test_what_is_wrong_with_very_many_tensors_is_told_in_short_and_soon():
+    tensors = {f"blocks.{i}.{'x' * (i % 400)}": np.zeros(0) for i in range(20_000)}
+    tensors |= {f"blocks.{i}.y": np.zeros(0) for i in range(100_000)} | {f"blocks.{'9' * 5000}.y": np.zeros(0)}
+    start = time.process_time()
+    with pytest.raises(ValueError, match=r"(?s)120001 tensors are no wan.*\n- [\d,]+ more$") as caught:
+        table.recognise(tensors, {"only": {}}, "wan")
+    assert time.process_time() - start < 10 and len(str(caught.value)) < 100_000

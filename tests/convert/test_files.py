@@ -1,6 +1,10 @@
 """Checkpoint files: safetensors in and out, sharded or not, whole or not at all."""
 
+import errno
 import json
+import os
+import pathlib
+import time
 import tracemalloc
 
 import ml_dtypes
@@ -274,3 +278,102 @@ def test_dtypes_that_numpy_lacks_are_refused_by_name(tmp_path):
     save_file({"x": np.zeros(3, ml_dtypes.float8_e4m3fn)}, path)
     with pytest.raises(ValueError, match=r"holds dtypes other than .*: x \(F8_E4M3\)"):
         open_tensors(path)
+
+
+def header(path, entries, held: int = 0):
+    """A safetensors file with this header, as text or as what JSON makes a text of, and so many zeros behind."""
+    text = (entries if isinstance(entries, str) else json.dumps(entries)).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(held))
+    return path
+
+
+def entry(shape, begin, end, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ("[" * 100_000, "RecursionError"),
+        ("", "JSONDecodeError"),
+        ("[]", "its header is no JSON object"),
+        ('{"\\ud800": 3}', r"\\ud800 has no dtype, shape and data_offsets: 3"),
+        ("{}", "it has 0 tensors"),
+        ('{"x": {}, "x": {}}', "named twice: x"),
+        ({"x": entry([1], 0, 4) | {"dtype": 3}}, "x has no dtype, shape"),
+        ({"x": {"dtype": "F32", "shape": [1]}}, "x has no dtype, shape"),
+        ({"x": entry([1.0], 0, 4)}, "x has no dtype, shape"),
+        ({"x": entry([True], 0, 4)}, "x has no dtype, shape"),
+        ({"x": entry([-1], 4, 0)}, "x has no dtype, shape"),
+        ({"x": entry([1], 0, 10**30)}, "x has no dtype, shape"),
+        ({"x": entry([1] * 33, 0, 4)}, "x has 33 axes"),
+        ({"x": entry([0, 1 << 61], 0, 0)}, "x has 2 axes"),
+        ({"x": entry([1] * 1_000_000, 0, 4)}, r"x has 1,000,000 axes, .*… \(3,000,000 characters\)"),
+        ({"x": entry([2], 0, 4)}, r"x, F32 \(2,\), cannot have 4 bytes"),
+        ({"x": entry([1], 0, 4), "y": entry([1], 0, 4)}, "y begins at byte 0 .* ends at 4"),
+        ({"x": entry([1], 4, 8)}, "x begins at byte 4 .* ends at 0"),
+        ({"x" * 100_000: entry([1], 0, 4), "x": 3}, "x has no dtype"),
+        ({"x" * 100_000: 3}, r"xxx… \(100,000 characters\) has no dtype"),
+    ],
+)  # fmt: skip
+def test_a_header_that_is_none_is_refused_in_one_short_line(tmp_path, entries, message):
+    path = header(tmp_path / "m.safetensors", entries, 4)
+    with pytest.raises(ValueError, match=rf"^{path}[^\n]* (is damaged|cannot).*{message}|^{path}: {message}") as caught:
+        open_tensors(path)
+    assert len(str(caught.value)) < 1500 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("problem", ["nothing", "dtypes", "names twice"])
+def test_opening_a_file_of_very_many_tensors_takes_time_in_proportion(tmp_path, problem):
+    def seconds(count):
+        kind = "F8_E4M3" if problem == "dtypes" else "F32"
+        entries = {f"blocks.{i}.weight": entry([1], 4 * i, 4 * i + 4, kind) for i in range(count)}
+        text = json.dumps(entries)
+        text = text[:-1] + "," + text[1:] if problem == "names twice" else text
+        path = header(tmp_path / "m.safetensors", text, 4 * count)
+        start = time.process_time()
+        if problem == "nothing":
+            assert all(np.asarray(tensor).shape == (1,) for tensor in list(open_tensors(path).values())[::100])
+        else:
+            with pytest.raises(ValueError, match=r"and|more") as caught:
+                open_tensors(path)
+            assert len(str(caught.value)) < 3000
+        return time.process_time() - start
+
+    seconds(100)
+    assert seconds(20_000) < 40 * max(seconds(2_000), 0.01)  # by squares: 100
+
+
+def test_more_tensors_than_a_file_may_have_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("rcm_jax.convert.files.MOST_TENSORS", 2)
+    index = sharded(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"index.json is no index .*it has 3 tensors, and must have from 1 to 2"):
+        open_tensors(index)
+    path = header(tmp_path / "m.safetensors", {name: entry([0], 0, 0) for name in "abc"})
+    with pytest.raises(ValueError, match="it has 3 tensors"):
+        open_tensors(path)
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pth", "m.pkl", "m.safetensors.index.json"])
+def test_what_is_no_file_is_refused_at_once(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"^{tmp_path / name} is a FIFO, not a file$"):
+        open_tensors(tmp_path / name)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=f"^{tmp_path / name} is a device, not a file$"):
+        open_tensors(tmp_path / name)
+
+
+def test_a_full_disk_is_told_with_the_file_that_the_user_knows(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for place, name in (("write_bytes", "diffusion_pytorch_model.safetensors"), ("write_text", "config.json")):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as caught:
+            if place == "write_text":
+                patch.setattr(pathlib.Path, "write_text", full)
+            tensor = np.zeros(4) if place == "write_text" else LazyTensor((4,), np.dtype("float64"), full)
+            write_tensors(tmp_path / "out", {"a": tensor}, extra_files={"config.json": "{}"})
+        assert str(caught.value) == f"[Errno 28] No space left on device: '{tmp_path}/out/{name}'"
+    assert not list(tmp_path.iterdir())

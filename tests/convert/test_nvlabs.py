@@ -95,6 +95,8 @@ def test_what_is_beside_the_tensors_is_left_out_and_modules_of_torch_are_modules
         open_snapshot(written(tmp_path / "m.pkl", content), "G")
 
 
+LAYER = opcodes(Name("torch.nn.modules.container", "Sequential")) + b")\x81"
+INSIDE = LAYER + b"}(" + opcodes("_modules") + b"}("  # uub behind the modules
 HOSTILE = {
     "another name": ({"ema": Call(Name("os", "system"), ("touch executed",))}, "asks for 'os.system'"),
     "a name in a module": (module({"x": Call(Name("builtins", "eval"), ("1",))}), "asks for 'builtins.eval'"),
@@ -109,7 +111,7 @@ HOSTILE = {
     ),
     "a reference outside": (
         module({"x": Reference(("storage", Name("torch.storage", "_load_from_bytes"), "0", "cpu", 6))}),
-        "a reference is not",
+        "it refers to a storage outside itself",
     ),
     "a state for a class": (
         {"ema": opcodes(Name("torch.nn.modules.linear", "Linear")) + opcodes({"state": 1}) + b"b"},
@@ -123,7 +125,16 @@ HOSTILE = {
     "a module in itself": (  # memorised before it gets its state
         b"\x80\x02" + opcodes(Name("torch.nn.modules.container", "Sequential")) + b")\x81q\x01"
         + b"}(" + opcodes("_modules") + b"}(" + opcodes("0") + b"h\x01uub.",
-        "RecursionError",
+        "its modules are in each other more often than it has bytes",
+    ),
+    "modules in each other": (  # 2⁴⁰ of them
+        b"\x80\x02" + LAYER + b"q\x00" + b"".join(
+            INSIDE + opcodes("a") + b"h%c" % i + opcodes("b") + b"h%cuubq%c" % (i, i + 1) for i in range(40)
+        ) + b".",
+        "its modules are in each other more often than it has bytes",
+    ),
+    "modules in modules": (
+        b"\x80\x02" + (INSIDE + opcodes("0")) * 2000 + LAYER + b"uub" * 2000 + b".", "RecursionError",
     ),
     "no module": ([1], "there is 'list' in the place of a module"),
     "no modules": ({"ema": [1]}, "no module 'ema', but none at all"),

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import pickle
 import re
 
@@ -250,9 +251,63 @@ def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
             self.write = self.close = lambda *_: (_ for _ in ()).throw(RuntimeError("No space left on device"))
 
     monkeypatch.setattr("rcm_jax.data.records.ArrayRecordWriter", Full)
-    with pytest.raises(OSError, match=rf"^cannot write {tmp_path}/\.set\.\w+/0: No space left on device$"):
-        write(tmp_path / "set", examples(1), UNCOND)
+    message = f"[Errno 28] No space left on device: '{tmp_path}/set/0'"
+    refused(message, write, tmp_path / "set", examples(1), UNCOND, error=OSError)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "RecursionError"),
+        ("[]", "TypeError"),
+        ('{"shards": 3}', "TypeError"),
+        ('{"shards": [{}]}', "KeyError: 'examples'"),
+        ('{"shards": [{"examples": 3, "shape": []}]}', "are not a number of examples and a shape"),
+        ('{"shards": [{"examples": 3, "shape": ""}]}', "are not a number of examples and a shape"),
+        ('{"shards": [{"examples": 3, "shape": [true]}]}', "are not a number of examples and a shape"),
+        ('{"shards": [{"examples": -1, "shape": [1]}]}', "are not a number of examples and a shape"),
+        ('{"shards": [{"examples": 1e400, "shape": [1]}]}', "are not a number of examples and a shape"),
+        ('{"shards": [{"examples": 10000000000, "shape": [1]}]}', "are not a number of examples and a shape"),
+        (json.dumps({"shards": [{"examples": 1, "shape": [1] * 100_000}]}), "are not a number of examples and a shape"),
+        ('{"shards": [], "shards": []}', "named twice: shards"),
+        (b"\xff", "UnicodeDecodeError"),
+    ],
+)
+def test_a_set_that_does_not_say_what_it_holds_is_refused_in_one_line(tmp_path, text, message):
+    path = written(tmp_path / "set") / "set.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=rf"^{path} does not say what the set holds: [^\n]*{message}") as caught:
+        load(tmp_path / "set")
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["set.json", "uncond.safetensors", "latents-00001-of-00003.array_record"])
+def test_what_is_no_file_is_refused_at_once(tmp_path, name):
+    path = written(tmp_path / "set") / name
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=f"^{path} is .*a FIFO, not a file$|^{path} is a FIFO, not a file$"):
+        load(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("label", "message"), [(np.zeros(2, np.int32), r"label is \[0 0\], int32"), (np.int32(-2), "label is -2, int32")]
+)
+def test_a_label_that_counts_no_classes_is_refused(tmp_path, label, message):
+    data = [{"x0": np.zeros((2, 2, 3), np.float32), "label": np.zeros_like(label)}]
+    write(tmp_path / "set", data, {"label": label})
+    with pytest.raises(ValueError, match=rf"uncond\.safetensors: {message}; it must be a number of classes"):
+        load(tmp_path / "set", (2, 2, 3))
+
+
+def test_a_record_of_too_many_axes_is_refused(tmp_path):
+    path = written(tmp_path / "set") / "uncond.safetensors"
+    for axes in (33, 65):
+        entry = {"dtype": "F32", "shape": [1] * axes, "data_offsets": [0, 4]}
+        text = json.dumps({"text": entry}).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+        refused(f"{path}: tensors have at most 32 axes, text has {axes}", load, tmp_path / "set")
 
 
 def test_folders_that_are_not_whole_are_refused(tmp_path):

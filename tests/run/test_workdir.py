@@ -1,9 +1,11 @@
 """Workdirs: whose they are, what may change, and which teachers fit."""
 
 import json
+import os
 
 import numpy as np
 import pytest
+from absl import logging
 
 from configs import cifar10, digits, methods, mixture, wan_1_3b
 from rcm_jax.parallel import distributed
@@ -131,10 +133,37 @@ def test_a_workdir_in_no_store_that_is_known_is_refused_and_no_folder_of_its_nam
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("text", ["", '{"seed": 0', "[1, 2]", '{"model": {"kind": "dit"}}'])
-def test_a_broken_config_is_named_with_its_file(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "JSONDecodeError"),
+        ('{"seed": 0', "JSONDecodeError"),
+        ("[1, 2]", "it holds no keys"),
+        ('{"model": {"kind": "dit"}}', "config.model: missing key"),
+        ("[" * 100_000, "RecursionError"),
+        ('{"a":' * 900 + "1" + "}" * 900, "config: "),
+        ('{"seed": %s}' % ("9" * 5000), "Exceeds the limit"),
+        ('{"model": {"kind": []}}', "TypeError"),
+        ('{"%s": 1}' % ("x" * 100_000), r"… \(100,... characters\)"),
+        ('{"rcm": []}', "missing key data, model"),
+        ('{"rcm": {"consistency": {"weighting": 1}, "weighting": 2}}', "missing key"),
+        ('{"rcm": {"dmd": {"fake_score": 1}}}', "missing key"),
+        ('{"pretrain": {"method": {"time": 1, "objective": 3}}}', "pretrain.method.objective is no group of keys"),
+        ('{"seed": 0, "seed": 1}', "named twice: seed"),
+        ("\xff", "JSONDecodeError"),
+        (b"\xff", "UnicodeDecodeError"),
+    ],
+)  # fmt: skip
+def test_a_broken_config_is_named_with_its_file_in_one_line(tmp_path, text, message):
+    (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/config\.json is no config: [^\n]*{message}") as caught:
+        workdir.read(tmp_path)
+    assert len(str(caught.value)) < 1500
+
+
+def test_a_config_that_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/config.json is a FIFO, not a file$"):
         workdir.read(tmp_path)
 
 
@@ -198,6 +227,18 @@ def test_converted_weights_fit_whatever_the_data(tmp_path):
     with pytest.raises(ValueError, match=r"config.time_scale is 1.0 there, 1000.0 here"):
         workdir.check_teacher(revise(RUN, {"teacher": str(tmp_path / "t"), "time_scale": 1000.0}))
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_full_disk_is_told_once_and_nothing_is_left(tmp_path, monkeypatch, caplog):
+    def full(folder, *_):
+        logging.error("Traceback (most recent call last)")
+        where = f'"{folder}/checkpoints/0/ema/a/0.0"'
+        raise ValueError(f"RESOURCE_EXHAUSTED: Error writing {where}: Failed writing {where}: No space left on device")
+
+    monkeypatch.setattr(workdir.checkpoint, "write_params", full)
+    with pytest.raises(OSError, match=rf"^\[Errno 28\] No space left on device: '{tmp_path}/new'$"):
+        workdir.write_converted(tmp_path / "new", Predictor(RUN.model), {"a": np.zeros(3, np.float32)})
+    assert not list(tmp_path.iterdir()) and not caplog.records
 
 
 def test_converted_weights_are_not_written_over_anything(tmp_path):

@@ -1,0 +1,1 @@
+"""Whatever a file holds, reading it gives values or one clear line."""
