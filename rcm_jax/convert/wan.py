@@ -1,4 +1,4 @@
-"""Names of the Wan2.1 networks. Layouts:
+"""Names of the Wan2.1 and Wan2.2 networks. Layouts:
 
 "official": Wan-AI's checkpoints, also read by ComfyUI (patch embedding as a Conv3d kernel [dim, c, pt, ph, pw]);
 "rcm": the same names in NVlabs/rcm (patch embedding flattened to [dim, c·pt·ph·pw]);

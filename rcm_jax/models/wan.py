@@ -1,4 +1,4 @@
-"""The Wan2.1 video diffusion transformer (arXiv 2503.20314): text to video, and image to video (also Wan2.2 A14B).
+"""The Wan2.1 video diffusion transformer (arXiv 2503.20314): text to video, and image to video; also those of Wan2.2.
 
 Every parameter has its logical axes; the blocks are one scan. Time embedding, modulation, norms and output are computed
 in float32, whatever narrower dtype computes the blocks: the tangent of a large network needs it (rCM, section 4).
@@ -54,7 +54,8 @@ class WanConfig(Config):
     ffn_dim: Width
     num_heads: Depth
     num_layers: Depth
-    model_type: Annotated[str, among(("t2v", "i2v"))] = "t2v"  # "i2v" is given an image as further channels y
+    # i2v is given an image as further channels y; ti2v as its first frame, clean at time 0, or no image at all.
+    model_type: Annotated[str, among(("t2v", "i2v", "ti2v"))] = "t2v"
     in_dim: Width = 16  # channels of x, and of y if there is one
     out_dim: Width = 16
     text_dim: Width = 4096
@@ -77,12 +78,12 @@ class WanConfig(Config):
         check_heads(self)
         if self.dim // self.num_heads % 2:
             raise ValueError(f"dim/num_heads {self.dim // self.num_heads} must be even")
-        if (self.in_dim == self.out_dim) != (self.model_type == "t2v") or self.in_dim < self.out_dim:
+        if (self.in_dim == self.out_dim) == (self.model_type == "i2v") or self.in_dim < self.out_dim:
             raise ValueError(
                 f"in_dim {self.in_dim} and out_dim {self.out_dim} do not fit model_type {self.model_type!r}: they are "
-                "equal for t2v; for i2v in_dim has the channels of y as well"
+                "equal for t2v and ti2v; for i2v in_dim has the channels of y as well"
             )
-        if self.clip_dim and self.model_type == "t2v":
+        if self.clip_dim and self.model_type != "i2v":
             raise ValueError(f"clip_dim {self.clip_dim} does not fit model_type {self.model_type!r}")
         if self.t5_tokens not in (None, self.text_len):
             raise ValueError(f"t5_tokens {self.t5_tokens} must be text_len {self.text_len}, or not given")
@@ -95,6 +96,9 @@ PUBLISHED = {
         dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, model_type="i2v", in_dim=36, clip_dim=1280
     ),
     "wan2.2-i2v-a14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, model_type="i2v", in_dim=36),
+    "wan2.2-ti2v-5b": WanConfig(
+        dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, model_type="ti2v", in_dim=48, out_dim=48
+    ),
 }
 
 
@@ -109,6 +113,15 @@ def _project(config, x: Tokens, name: str, norm: str | None = None) -> Float[Arr
 def _table(dim):
     """Initial values of a modulation table [rows, dim]."""
     return with_axes(nn.initializers.normal(dim**-0.5), "vector", "embed")
+
+
+def _of_tokens(embedding: Float[Array, "b *f n c"], table: Float[Array, "n c"], length: int) -> list[Array]:
+    """The n parts of embedding + table, each [b, 1, c]; or [b, length, c] where each of f frames has its own time."""
+    parts = jnp.split(embedding + table, table.shape[0], axis=-2)
+    if embedding.ndim == 3:
+        return parts
+    b, f, _, c = embedding.shape
+    return [jnp.broadcast_to(part, (b, f, length // f, c)).reshape(b, length, c) for part in parts]
 
 
 class SelfAttention(nn.Module):
@@ -148,11 +161,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_blc: Tokens, emb_b6c: Float[Array, "b 6 c"], text: Tokens, image: Tokens | None, cos: Turns, sin: Turns
+        self, x_blc: Tokens, emb: Float[Array, "b *f 6 c"], text: Tokens, image: Tokens | None, cos: Turns, sin: Turns
     ) -> tuple[Tokens, None]:
         c = self.config
-        modulation = emb_b6c + self.param("modulation", _table(c.dim), (6, c.dim))
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=1)
+        table = self.param("modulation", _table(c.dim), (6, c.dim))
+        shift1, scale1, gate1, shift2, scale2, gate2 = _of_tokens(emb, table, x_blc.shape[1])
         h = (layer_norm(x_blc, c.eps) * (1 + scale1) + shift1).astype(c.dtype)
         h = SelfAttention(c, name="self_attention")(h, cos, sin)
         x_blc = (x_blc + gate1 * h).astype(c.dtype)
@@ -166,6 +179,7 @@ class Block(nn.Module):
 class Wan(nn.Module):
     """v = eps − x0 of latents x at times t in 0..1000, float32.
 
+    t is of a sample, or of each of its frames of tokens, as Wan2.2's TI2V has it: its first frame is clean, at time 0.
     text, m at most text_len, is padded as in training (Wan: zeros up to text_len). For i2v also y (mask and image
     latents) and, where clip_dim is not 0, clip_features. ValueError for inputs that do not fit the config.
     """
@@ -176,7 +190,7 @@ class Wan(nn.Module):
     def __call__(
         self,
         x: Float[Array, "b t h w c"],
-        t: Float[Array, " b"],
+        t: Float[Array, "b ..."],
         text: Float[Array, "b m text_dim"],
         y: Float[Array, "b t h w in_dim-c"] | None = None,
         clip_features: Float[Array, "b k clip_dim"] | None = None,
@@ -191,11 +205,11 @@ class Wan(nn.Module):
         x_blc = split(x_blc, "batch", "tokens")
 
         frequencies = 10_000.0 ** -(np.arange(c.freq_dim // 2) / (c.freq_dim // 2))
-        emb_bc = sinusoids(t, frequencies)
-        emb_bc = dense(c.dim, "time_in", dtype=c.time_dtype, axes=("features", "embed"))(emb_bc)
-        emb_bc = dense(c.dim, "time_out", dtype=c.time_dtype)(nn.silu(emb_bc))
-        emb_b6c = dense(6 * c.dim, "time_projection", dtype=c.time_dtype)(nn.silu(emb_bc))
-        emb_b6c = emb_b6c.reshape(-1, 6, c.dim).astype(c.wide)
+        emb = sinusoids(t.reshape(-1), frequencies)  # one row for each time
+        emb = dense(c.dim, "time_in", dtype=c.time_dtype, axes=("features", "embed"))(emb)
+        emb = dense(c.dim, "time_out", dtype=c.time_dtype)(nn.silu(emb))
+        emb_6 = dense(6 * c.dim, "time_projection", dtype=c.time_dtype)(nn.silu(emb))
+        emb_6, emb_1 = (e.reshape(*t.shape, -1, c.dim).astype(c.wide) for e in (emb_6, emb))
 
         text = nn.gelu(dense(c.dim, "text_in", dtype=c.dtype)(text))
         text = dense(c.dim, "text_out", dtype=c.dtype)(text)
@@ -206,10 +220,10 @@ class Wan(nn.Module):
             image = LayerNorm(CLIP_EPS, name="image_norm_out")(dense(c.dim, "image_out", dtype=c.dtype)(image))
 
         cos, sin = rope_tables(grid, c.dim // c.num_heads, c.wide)
-        x_blc, _ = stack(Block, c.num_layers, c.remat)(c, name="blocks")(x_blc, emb_b6c, text, image, cos, sin)
+        x_blc, _ = stack(Block, c.num_layers, c.remat)(c, name="blocks")(x_blc, emb_6, text, image, cos, sin)
 
-        modulation = emb_bc[:, None].astype(c.wide) + self.param("modulation_out", _table(c.dim), (2, c.dim))
-        shift, scale = jnp.split(modulation, 2, axis=1)
+        table = self.param("modulation_out", _table(c.dim), (2, c.dim))
+        shift, scale = _of_tokens(emb_1, table, x_blc.shape[1])
         x_blc = layer_norm(x_blc, c.eps) * (1 + scale) + shift
         out = dense(np.prod(c.patch_size).item() * c.out_dim, "patch_out", dtype=c.wide)(x_blc)
         return unpatchify(split(out, "batch", "tokens"), c.patch_size, out_shape)
@@ -217,11 +231,13 @@ class Wan(nn.Module):
 
 def _check_inputs(c: WanConfig, x: Array, t: Array, text: Array, y: Array | None, clip_features: Array | None) -> None:
     """ValueError where the inputs of Wan are not what its docstring asks for."""
-    if x.ndim != 5 or t.shape != x.shape[:1]:
-        raise ValueError(f"x must be [b, t, h, w, c] and its times t [b], got {x.shape} and {t.shape}")
-    if (y is None) != (c.model_type == "t2v") or (clip_features is None) != (c.clip_dim == 0):
+    if x.ndim != 5 or t.shape not in (x.shape[:1], (x.shape[0], x.shape[1] // c.patch_size[0])):
+        frames = "frames" if c.patch_size[0] == 1 else f"t / {c.patch_size[0]}"
+        told = f"x must be [b, t, h, w, c] and its times t [b] or [b, {frames}]"
+        raise ValueError(f"{told}, got {x.shape} and {t.shape}")
+    if (y is None) != (c.model_type != "i2v") or (clip_features is None) != (c.clip_dim == 0):
         clip = ", and clip_features" if c.clip_dim else ""
-        wanted = "x and text" if c.model_type == "t2v" else f"x, text and y{clip}"
+        wanted = "x and text" if c.model_type != "i2v" else f"x, text and y{clip}"
         raise ValueError(f"this network (model_type {c.model_type!r}, clip_dim {c.clip_dim}) takes {wanted}")
     channels = [x.shape[-1]] + ([] if y is None else [y.shape[-1]])
     if sum(channels) != c.in_dim or (y is not None and y.shape[:-1] != x.shape[:-1]):

@@ -38,6 +38,7 @@ CHECKPOINTS = {
     "wan2.1_t2v_14B": "wan-14b",
     "wan2.1_i2v_14B": "wan-i2v-14b",
     "wan2.2_i2v_A14B": "wan2.2-i2v-a14b",
+    "wan2.2_ti2v_5B": "wan2.2-ti2v-5b",
 }
 
 
