@@ -60,8 +60,8 @@ def tiny(run: Experiment) -> Experiment:
     return revise(
         run,
         {
-            "model": revise(run.model, TINY),
-            "data.shape": (1, 4, 6, 4),
+            "model": revise(run.model, TINY | ({"in_channels": 5} if run.model.known_frames else {})),
+            "data.shape": (2 if run.model.known_frames else 1, 4, 6, 4),
             "mesh": MeshConfig(data=1, fsdp=-1),
             "rcm.dmd.update_freq": 2,
             "train": revise(run.train, dict(steps=6, batch_size=8, accumulate=1, log_every=1, checkpoint_every=3)),

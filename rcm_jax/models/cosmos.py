@@ -33,7 +33,7 @@ from rcm_jax.models.layers import (
     stack,
     unpatchify,
 )
-from rcm_jax.models.records import Network, known_condition
+from rcm_jax.models.records import Network, check_known, known_condition
 from rcm_jax.parallel.sharding import split
 from rcm_jax.util.ranges import Depth, Natural, Width, between, config, only
 
@@ -200,7 +200,8 @@ class Cosmos(nn.Module):
         known: Float[Array, "b k h w out_channels"] | None = None,
     ) -> Float[Array, "b t h w out_channels"]:
         c = self.config
-        _check_inputs(c, x, t, text, padding_mask, known)
+        _check_inputs(c, x, t, text, padding_mask)
+        check_known(c.known_frames, x, known)
         if known is not None:
             x = jnp.concatenate([known.astype(x.dtype), x], axis=1)
             t = jnp.stack([jnp.full_like(t, KNOWN_TIME), t], axis=1).reshape(-1)
@@ -243,18 +244,13 @@ def _mask_channel(x: Array, padding_mask: Float[Array, "b H W"] | None) -> Float
     return jnp.broadcast_to(mask[:, None, :, :, None], (b, t, h, w, 1))
 
 
-def _check_inputs(
-    c: CosmosConfig, x: Array, t: Array, text: Array, padding_mask: Array | None, known: Array | None
-) -> None:
+def _check_inputs(c: CosmosConfig, x: Array, t: Array, text: Array, padding_mask: Array | None) -> None:
     """ValueError where the inputs of Cosmos are not what its docstring asks for."""
     if x.ndim != 5 or t.shape != x.shape[:1] or x.shape[-1] != c.out_channels:
         raise ValueError(f"x must be [b, t, h, w, {c.out_channels}] and its times t [b], got {x.shape} and {t.shape}")
     most = (c.max_frames - c.known_frames, c.max_img_h, c.max_img_w)
     if any(n > m for n, m in zip(x.shape[1:4], most, strict=True)):
         raise ValueError(f"x is {x.shape[1:4]} [t, h, w], more than the {most} of max_frames, max_img_h and max_img_w")
-    shape = (x.shape[0], c.known_frames, *x.shape[2:]) if c.known_frames else None
-    if shape != (None if known is None else known.shape):
-        raise ValueError(f"known must be {shape}, the frames before x, got {None if known is None else known.shape}")
     if text.ndim != 3 or text.shape[2] != c.crossattn_emb_channels:
         raise ValueError(f"text must be [b, tokens, {c.crossattn_emb_channels}], got {text.shape}")
     if padding_mask is not None and (padding_mask.ndim != 3 or not c.concat_padding_mask):

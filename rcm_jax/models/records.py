@@ -32,6 +32,13 @@ def known_condition(frames: int, shape) -> dict[str, jax.ShapeDtypeStruct]:
     return {"known": jax.ShapeDtypeStruct((frames, *shape[1:]), np.float32)} if frames else {}
 
 
+def check_known(frames: int, x, known) -> None:
+    """ValueError unless known is the so many frames [b, k, h, w, c] before x [b, t, h, w, c], or None for 0."""
+    wanted, found = (x.shape[0], frames, *x.shape[2:]) if frames else None, None if known is None else known.shape
+    if wanted != found:
+        raise ValueError(f"known must be {wanted}, the frames before x, got {found}")
+
+
 class TextEncoder(NamedTuple):
     """module(config) is applied to (tokens [b, l], mask [b, l]): embeddings [b, l, width(config)]."""
 

@@ -35,7 +35,7 @@ from rcm_jax.models.layers import (
     unpatchify,
     with_axes,
 )
-from rcm_jax.models.records import Network
+from rcm_jax.models.records import Network, check_known, known_condition
 from rcm_jax.parallel.sharding import split
 from rcm_jax.util.ranges import Depth, Epsilon, Frequencies, Width, WidthOr0, among, between, config
 
@@ -63,6 +63,7 @@ class WanConfig(Config):
     freq_dim: Frequencies = 256  # cosines and sines of the time
     patch_size: tuple[Patch, Patch, Patch] = (1, 2, 2)
     eps: Epsilon = 1e-6
+    known_frames: Annotated[int, between(0, 1)] = 0  # of ti2v: whether it is given the first one
     clip_dim: WidthOr0 = 0  # width of CLIP features of the image; 0: none are used (text to video, Wan2.2)
     t5_tokens: Width | None = None  # where the reference splits text from image tokens: text_len, if given
     dtype: Dtype = "float32"  # of the blocks; parameters stay in the dtype they have
@@ -82,6 +83,10 @@ class WanConfig(Config):
             raise ValueError(
                 f"in_dim {self.in_dim} and out_dim {self.out_dim} do not fit model_type {self.model_type!r}: they are "
                 "equal for t2v and ti2v; for i2v in_dim has the channels of y as well"
+            )
+        if self.known_frames and (self.model_type != "ti2v" or self.patch_size[0] != 1):
+            raise ValueError(
+                f"known_frames {self.known_frames} does not fit model_type {self.model_type!r}: set it to 0"
             )
         if self.clip_dim and self.model_type != "i2v":
             raise ValueError(f"clip_dim {self.clip_dim} does not fit model_type {self.model_type!r}")
@@ -181,7 +186,8 @@ class Wan(nn.Module):
 
     t is of a sample, or of each of its frames of tokens, as Wan2.2's TI2V has it: its first frame is clean, at time 0.
     text, m at most text_len, is padded as in training (Wan: zeros up to text_len). For i2v also y (mask and image
-    latents) and, where clip_dim is not 0, clip_features. ValueError for inputs that do not fit the config.
+    latents) and, where clip_dim is not 0, clip_features. known: the frames before x, if it is given them, which are not
+    answered. ValueError for inputs that do not fit the config.
     """
 
     config: WanConfig
@@ -194,8 +200,13 @@ class Wan(nn.Module):
         text: Float[Array, "b m text_dim"],
         y: Float[Array, "b t h w in_dim-c"] | None = None,
         clip_features: Float[Array, "b k clip_dim"] | None = None,
+        known: Float[Array, "b f h w c"] | None = None,
     ) -> Float[Array, "b t h w out_dim"]:
         c = self.config
+        check_known(c.known_frames, x, known)
+        if known is not None:
+            x = jnp.concatenate([known.astype(x.dtype), x], axis=1)
+            t = jnp.where(jnp.arange(x.shape[1]) < c.known_frames, 0, t[:, None])
         _check_inputs(c, x, t, text, y, clip_features)
         grid = tuple(n // p for n, p in zip(x.shape[1:4], c.patch_size, strict=True))
         out_shape = (*x.shape[:-1], c.out_dim)
@@ -226,7 +237,7 @@ class Wan(nn.Module):
         shift, scale = _of_tokens(emb_1, table, x_blc.shape[1])
         x_blc = layer_norm(x_blc, c.eps) * (1 + scale) + shift
         out = dense(np.prod(c.patch_size).item() * c.out_dim, "patch_out", dtype=c.wide)(x_blc)
-        return unpatchify(split(out, "batch", "tokens"), c.patch_size, out_shape)
+        return unpatchify(split(out, "batch", "tokens"), c.patch_size, out_shape)[:, c.known_frames :]
 
 
 def _check_inputs(c: WanConfig, x: Array, t: Array, text: Array, y: Array | None, clip_features: Array | None) -> None:
@@ -256,7 +267,7 @@ def _conditions(config: WanConfig, shape) -> dict:
         found["y"] = jax.ShapeDtypeStruct((*shape[:-1], config.in_dim - config.out_dim), jnp.float32)
     if config.clip_dim:
         found["clip_features"] = jax.ShapeDtypeStruct((CLIP_TOKENS, config.clip_dim), jnp.float32)
-    return found
+    return found | known_condition(config.known_frames, shape)
 
 
 NETWORK = Network(
@@ -265,6 +276,7 @@ NETWORK = Network(
     conditions=_conditions,
     smallest=lambda config: (*config.patch_size, config.out_dim),
     patch=lambda config: config.patch_size,
+    known_frames=lambda config: config.known_frames,
     parametrization="rectified_flow",
     time_scale=1000.0,
     published=PUBLISHED,

@@ -93,3 +93,17 @@ def test_sizes_that_do_not_fit_are_refused():
             apply(TI2V, random_params(TI2V), x, times, cond["text"])
     with pytest.raises(ValueError, match=r"model_type 'ti2v', clip_dim 0\) takes x and text(\n|$)"):
         Wan(TI2V).apply({"params": random_params(TI2V)}, x, t, cond["text"], y=x)
+
+
+def test_a_known_frame_is_clean_at_time_0_and_is_not_answered():
+    config = dataclasses.replace(TI2V, known_frames=1)
+    x, t, cond = inputs(TI2V, grid=(3, 4, 6))
+    params = random_params(TI2V)
+    times = jnp.stack([0 * t, t, t], axis=1)
+    whole = apply(TI2V, params, x, times, cond["text"])
+    behind = Wan(config).apply({"params": params}, x[:, 1:], t, text=cond["text"], known=x[:, :1])
+    np.testing.assert_allclose(behind, whole[:, 1:], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"known must be \(2, 1, 4, 6, 4\), the frames before x, got None"):
+        Wan(config).apply({"params": params}, x[:, 1:], t, text=cond["text"])
+    with pytest.raises(ValueError, match="known_frames 1 does not fit model_type 't2v'"):
+        dataclasses.replace(TINY, known_frames=1)

@@ -2,7 +2,9 @@
 lost on the way."""
 
 import functools
+import importlib
 
+import av
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +16,11 @@ from configs import wan2_2_i2v_a14b, wan_i2v_14b
 from rcm_jax import convert
 from rcm_jax.convert.files import write_tensors
 from rcm_jax.data import latents
+from rcm_jax.media import vae
+from rcm_jax.media.clips import read_image
 from rcm_jax.method import denoiser
 from rcm_jax.models import init as init_network
-from rcm_jax.models import t5, wan_vae
+from rcm_jax.models import t5, wan22_vae, wan_vae
 from rcm_jax.run import generate, images, pipeline, workdir
 from rcm_jax.run.experiment import Predictor, from_mapping
 from rcm_jax.run.program import make_network
@@ -128,6 +132,49 @@ def test_the_first_frame_reaches_F_its_tangent_and_guidance(world):
     other[:, 0] += 1  # the first frame alone
     for name, before, after in zip(("F", "tangent", "guided"), answers(y), answers(other), strict=True):
         assert relative(after, before) > 1e-3, name
+
+
+KNOWN = ["cosmos_v2w_2b", pytest.param("wan2_2_ti2v_5b", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_network_is_given_the_first_frame_of_the_set_and_then_of_an_image(name, world, tmp_path):
+    """Trained by rCM behind the first of three frames of latents, shown, reported and sampled with it."""
+    run = from_mapping(importlib.import_module(f"configs.{name}").get_config("tiny").to_dict())
+    rng, media = np.random.default_rng(1), run.media
+    path = tiny.write_latents(tmp_path / "latents", rng.normal(size=(8, 3, 4, 6, 4)), rng.normal(size=(8, 6, 8)))
+    params = params_of(init_network, run.model)
+    workdir.write_converted(tmp_path / "teacher", Predictor(run.model), params)
+    kind, halves = convert.name_of(media.vae), {"wan_vae": wan_vae, "wan22_vae": wan22_vae}
+    decoder = params_of(halves[kind].init, media.vae)
+    write_tensors(tmp_path / "vae", convert.to_reference(kind, decoder, media.vae, "official"))
+    text_encoder = params_of(t5.init, media.text_encoder)
+    layout = "official" if media.text_encoder.model_type == "umt5" else "transformers"
+    tensors = convert.to_reference(media.text_encoder.model_type, text_encoder, media.text_encoder, layout)
+    write_tensors(tmp_path / "t5", tensors)
+
+    changes = {"data.path": path, "teacher": str(tmp_path / "teacher"), "train.steps": run.rcm.warmup + 3}
+    changes |= {"media.vae_path": str(tmp_path / "vae"), "train.sample_every": 3, "train.checkpoint_every": 50}
+    trained = pipeline.train(revise(run, changes), tmp_path / "run")
+    rows = read_metrics(trained.folder)
+    assert {"scm/loss", "dmd/loss", "critic/loss"} <= set().union(*rows)
+    batch = trained.dataset.train[np.arange(8)]
+    assert batch["x0"].shape[1:] == run.data.shape and batch["cond"]["known"].shape == (8, 1, 4, 6, 4)
+    with av.open(str(next((trained.folder / "samples").glob("*.mp4")))) as file:
+        assert sum(1 for _ in file.decode(video=0)) == 9  # the frame that was given, and 4 for each of latents
+
+    files = {"text_encoder": tmp_path / "t5", "tokenizer": world / "tokenizer", "vae": tmp_path / "vae"}
+    generator = rcm_jax.load(tmp_path / "run", image=world / "wide.png", **files)
+    assert generator.frames == 9
+    samples = [generator(["a cat"], [0], image=world / f"{image}.png") for image in ("wide", "wide", "other")]
+    assert samples[0].whole.shape == (1, 1, 3, *generator.shape[1:])
+    np.testing.assert_array_equal(samples[0].whole, samples[1].whole)
+    assert relative(samples[2].whole[:, :, 1:], samples[0].whole[:, :, 1:]) > 1e-3
+    first = next(samples[0].frames(0, 0)).astype(float)
+    size = first.shape[1], first.shape[0]
+    pixels = read_image(world / "wide.png", size)[None, None].astype(np.float32) / 127.5 - 1
+    back = vae.decode(media.vae, decoder, vae.encode(media.vae, decoder, pixels))[0, 0]
+    np.testing.assert_allclose(first, np.clip(back / 2 + 0.5, 0, 1) * 255, atol=2)
 
 
 def test_the_size_is_that_of_the_image_in_about_the_area_of_the_config(world):
