@@ -102,19 +102,19 @@ def opened(text: str, kind: str, config, layout: str) -> merge.Term:
 
 def open_weights(path: str, kind: str, config, layout: str | None) -> tuple[dict[str, LazyTensor], str]:
     """(tensors, layout) of a checkpoint: None takes its own layout, and all of it must fit, also what is skipped."""
-    there = as_path(path)
+    way_out = ""
     try:
-        if (there / checkpoint.CHECKPOINTS).is_dir():
+        if (as_path(path) / checkpoint.CHECKPOINTS).is_dir():
             tensors = of_workdir(path, kind, layout or next(iter(convert.entries(kind, config))))
         else:
-            tensors = open_tensors(path)
+            tensors = convert.parameters(kind, open_tensors(path))
         if layout is None:
             layout = convert.recognise(kind, tensors, config)
             return merge.under_names_of(layout, kind, tensors, config), layout
+        way_out = "; --skip=NAME leaves a tensor as it is in base"
         return merge.under_names_of(layout, kind, tensors, config, skipped), layout
     except ValueError as error:
-        way = "" if layout is None else "; --skip=NAME leaves a tensor as it is in base"
-        raise ValueError(f"{path}: {error}{way}") from None
+        raise ValueError(f"{path}: {error}{way_out}") from None
 
 
 def of_workdir(path: str, kind: str, layout: str) -> dict[str, LazyTensor]:
