@@ -202,15 +202,23 @@ def without_prefix(tensors: Mapping) -> Mapping:
 
 def recognise(tensors: Mapping, layouts: Mapping[str, Mapping[str, Entry]], what: str) -> str:
     """The layout that the tensors are in; ValueError with all that is wrong with the one they come nearest to."""
+    layout, problems = nearest(tensors, layouts)
+    check_no_problems(problems, f"the {len(tensors)} tensors are no {what}; nearest is the layout {layout!r}")
+    return layout
+
+
+def nearest(tensors: Mapping, layouts: Mapping[str, Mapping[str, Entry]]) -> tuple[str, list[tuple[str, str]]]:
+    """(the layout that the tensors come nearest to, [(tensor, what is wrong with it)])."""
     problems = {name: _problems(tensors, entries) for name, entries in layouts.items()}
-    nearest = min(problems, key=lambda name: len(problems[name]))
-    if not problems[nearest]:
-        return nearest
-    lines = _grouped(problems[nearest])
-    raise ValueError(
-        f"the {len(tensors)} tensors are no {what}; nearest is the layout {nearest!r}, "
-        f"with {len(problems[nearest])} problems:\n- " + listed(lines, 200, "\n- ")
-    )
+    layout = min(problems, key=lambda name: len(problems[name]))
+    return layout, problems[layout]
+
+
+def check_no_problems(problems, what: str) -> None:
+    """ValueError that says what, and lists the problems, if there are some."""
+    if problems:
+        lines = listed(_grouped(problems), 200, "\n- ")
+        raise ValueError(f"{what}, with {len(problems)} problems:\n- {lines}")
 
 
 def _problems(tensors, entries) -> list[tuple[str, str]]:

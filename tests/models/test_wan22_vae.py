@@ -73,7 +73,7 @@ def test_a_tile_that_covers_everything_changes_no_bit():
     x0, params = normal(1, 2, 2, 1, 3), random_params()
     whole = vae.decode(TINY, params, x0)
     np.testing.assert_array_equal(vae.decode(TINY, params, x0, tile=2), whole)
-    assert vae.decode(TINY, params, x0, tile=1, overlap=0).shape == whole.shape == (1, 3, 16, 8, 3)
+    assert whole.shape == (1, 3, 16, 8, 3)
 
 
 def test_a_narrow_dtype_computes_nearly_the_same_and_comes_out_in_float32():
