@@ -20,6 +20,7 @@ from rcm_jax.convert.lazy import LazyTensor
 from rcm_jax.convert.nvlabs import open_snapshot
 from rcm_jax.convert.torch_file import open_torch_file
 from rcm_jax.util.files import (
+    MOST_AXES,
     as_path,
     brief,
     listed,
@@ -52,7 +53,7 @@ SAFETENSORS = {  # dtypes, by their names there
 }
 CODES = {dtype: code for code, dtype in SAFETENSORS.items()}
 MOST_HEADER = 100_000_000  # bytes, by the format
-MOST_TENSORS, MOST_AXES = 1_000_000, 32
+MOST_TENSORS = 1_000_000
 NOTHING: Mapping[str, str] = types.MappingProxyType({})
 
 

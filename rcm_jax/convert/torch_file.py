@@ -24,7 +24,7 @@ import numpy as np
 
 from rcm_jax.convert.lazy import LazyTensor
 from rcm_jax.convert.pickles import Dict, Ignored, Inert, load
-from rcm_jax.util.files import brief, listed, reading, regular
+from rcm_jax.util.files import MOST_AXES, brief, listed, reading, regular
 
 STORAGES = {
     "FloatStorage": np.dtype("float32"),
@@ -39,7 +39,7 @@ STORAGES = {
     "BoolStorage": np.dtype("bool"),
 }
 MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # with which files of before torch 1.6 begin
-MOST_AXES, CHUNK = 32, 1 << 20
+CHUNK = 1 << 20
 WAY_OUT = "load it with torch where you trust it and save only its state dict, or use the safetensors release"
 
 
@@ -155,7 +155,7 @@ def _content(file: File) -> typing.Any:
     with file.open() as opened:
         if opened.read(len(MAGIC)) == MAGIC:
             return _old_content(file, opened)
-    with reading(f"{file} ({file.size} bytes)", "cannot be read"), file.open() as opened:
+    with reading(file, f"({file.size} bytes) cannot be read"), file.open() as opened:
         archive = _directory(opened)
         root = _root(archive, file.size)
         find_entry = functools.partial(_entry, archive, file.size, root)

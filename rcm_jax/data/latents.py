@@ -24,7 +24,7 @@ import numpy as np
 
 from rcm_jax.data import records
 from rcm_jax.data.dataset import Dataset
-from rcm_jax.util.files import as_path, brief, new_folder, read_json, reading, regular, stored, write_text
+from rcm_jax.util.files import MOST_AXES, as_path, brief, new_folder, read_json, reading, regular, stored, write_text
 from rcm_jax.util.ranges import Natural, Width, config, some
 
 MOST = 10**9  # examples in a file, places along an axis
@@ -193,7 +193,7 @@ def read_set(folder) -> dict:
     with reading(path, problem):
         for shard in values["shards"]:
             examples, shape = shard["examples"], shard["shape"]
-            fits = isinstance(shape, list) and 0 < len(shape) <= records.MOST_AXES
+            fits = isinstance(shape, list) and 0 < len(shape) <= MOST_AXES
             if not fits or not all(type(n) is int and 0 < n < MOST for n in (examples + 1, *shape)):
                 raise ValueError(f"{brief(shard)} are not a number of examples and a shape")
     return values

@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from rcm_jax.util.files import brief, listed, local, reading, regular, writing
+from rcm_jax.util.files import MOST_AXES, brief, listed, local, reading, regular, writing
 
 # A group of one: a random read does not read its neighbours. Latents barely compress, and are read faster plain.
 OPTIONS = "group_size:1,uncompressed"
@@ -26,7 +26,6 @@ STORED_DTYPES = {
     "BF16": np.dtype(jnp.bfloat16),
     "I32": np.dtype(np.int32),  # conditions such as token ids and labels, not x0
 }
-MOST_AXES = 32
 ALLOWED = ", ".join(dtype.name for dtype in STORED_DTYPES.values())
 
 

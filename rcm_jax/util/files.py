@@ -26,6 +26,7 @@ from rcm_jax.util.extras import require
 os.environ.setdefault("EPATH_USE_TF", "no")  # epath would leave s3:// to TensorFlow wherever that is installed
 STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # by scheme: the package that knows it, and our extra
 MOST_JSON = 100_000_000  # bytes, as safetensors allows its headers
+MOST_AXES = 32  # of an array in a file
 SPECIAL = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",

@@ -324,24 +324,19 @@ def test_a_header_that_is_none_is_refused_in_one_short_line(tmp_path, entries, m
 
 
 @pytest.mark.parametrize("problem", ["nothing", "dtypes", "names twice"])
-def test_opening_a_file_of_very_many_tensors_takes_time_in_proportion(tmp_path, problem):
-    def seconds(count):
-        kind = "F8_E4M3" if problem == "dtypes" else "F32"
-        entries = {f"blocks.{i}.weight": entry([1], 4 * i, 4 * i + 4, kind) for i in range(count)}
-        text = json.dumps(entries)
-        text = text[:-1] + "," + text[1:] if problem == "names twice" else text
-        path = header(tmp_path / "m.safetensors", text, 4 * count)
-        start = time.process_time()
-        if problem == "nothing":
-            assert all(np.asarray(tensor).shape == (1,) for tensor in list(open_tensors(path).values())[::100])
-        else:
-            with pytest.raises(ValueError, match=r"and|more") as caught:
-                open_tensors(path)
-            assert len(str(caught.value)) < 3000
-        return time.process_time() - start
-
-    seconds(100)
-    assert seconds(20_000) < 40 * max(seconds(2_000), 0.01)  # by squares: 100
+def test_a_file_of_very_many_tensors_takes_time_in_proportion(tmp_path, problem):
+    count, kind = 30_000, "F8_E4M3" if problem == "dtypes" else "F32"
+    text = json.dumps({f"blocks.{i}.weight": entry([1], 4 * i, 4 * i + 4, kind) for i in range(count)})
+    text = text[:-1] + "," + text[1:] if problem == "names twice" else text
+    path = header(tmp_path / "m.safetensors", text, 4 * count)
+    start = time.process_time()
+    if problem == "nothing":
+        assert all(np.asarray(tensor).shape == (1,) for tensor in list(open_tensors(path).values())[::10])
+    else:
+        with pytest.raises(ValueError, match=r"and|more") as caught:
+            open_tensors(path)
+        assert len(str(caught.value)) < 3000
+    assert time.process_time() - start < 5  # it takes 0.3 s; by squares it would be minutes
 
 
 def test_more_tensors_than_a_file_may_have_are_refused(tmp_path, monkeypatch):

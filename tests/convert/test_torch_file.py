@@ -127,6 +127,13 @@ def test_names_nest_and_what_is_no_tensor_is_left_out(tmp_path):
     assert list(arrays(save(tmp_path / "m.pt", content))) == ["a.c.d", "7.x"]
 
 
+def test_an_ordered_dict_of_python_2_is_called_with_its_items(tmp_path):
+    items = [["x", GOOD], ["y", 3]]
+    assert list(arrays(save(tmp_path / "m.pt", Call(Name("collections", "OrderedDict"), (items,))))) == ["x"]
+    with pytest.raises(ValueError, match="too many values to unpack"):
+        open_torch_file(save(tmp_path / "m.pt", Call(Name("collections", "OrderedDict"), ([(1, 2, 3)],))))
+
+
 def test_parameters_and_what_transformer_engine_leaves_in_state_dicts(tmp_path):
     encoded = Call(Name("_codecs", "encode"), ("\xff", "latin1"))
     extra = opcodes(Name("_io", "BytesIO")) + b")\x81" + opcodes((encoded, 0, None)) + b"b"  # NEWOBJ, BUILD
@@ -617,7 +624,7 @@ def test_a_record_that_was_changed_is_known_by_its_crc(tmp_path):
             np.asarray(open_torch_file(path)[name])
     place = data.index(b"_rebuild_tensor_v2")
     path.write_bytes(data[:place] + b"X" + data[place + 1 :])
-    with pytest.raises(ValueError, match=r"archive/data\.pkl has the CRC-32"):
+    with pytest.raises(ValueError, match=rf"^{path} is damaged: archive/data\.pkl has the CRC-32"):
         open_torch_file(path)
     path.write_bytes(data.replace(struct.pack("<I", zlib.crc32(np.arange(6, dtype=np.float32).tobytes())), bytes(4)))
     np.testing.assert_array_equal(arrays(path)["x"], np.arange(6).reshape(2, 3))  # as torch says that there is none

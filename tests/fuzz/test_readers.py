@@ -29,15 +29,11 @@ QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_bas
 def checked(name: str, folder, counts: collections.Counter):
     """A test of one reader, for hypothesis."""
     read = READERS[name][1]
-    seen: set[str] = set()
 
     @hypothesis.given(strategies(name))
     def check(files):
-        for old in seen - files.keys():
-            (folder / old).unlink(missing_ok=True)
         for file, data in files.items():
             (folder / file).write_bytes(data)
-        seen.update(files)
         counts[watched(lambda: read(folder), folder, sum(map(len, files.values())))] += 1
 
     return check
@@ -60,17 +56,16 @@ def traced():
 @pytest.mark.parametrize("name", READERS)
 def test_a_reader_gives_values_or_one_line(tmp_path, traced, name, capsys):
     counts = collections.Counter()
-    check = checked(name, tmp_path, counts)
     options = dict(deadline=None, database=None, suppress_health_check=QUIET, phases=(Phase.generate, Phase.shrink))
     if not SECONDS:
-        settings(max_examples=FEW, derandomize=True, **options)(check)()
+        settings(max_examples=FEW, derandomize=True, **options)(checked(name, tmp_path, counts))()
         assert counts[False] > FEW / 10 or name == "metrics"  # which leaves out what cannot be read
         return
     end = time.monotonic() + SECONDS
     for seed in itertools.count(int(end)):
         if time.monotonic() > end:
             break
-        hypothesis.seed(seed)(settings(max_examples=ROUND, **options)(check))()
+        hypothesis.seed(seed)(settings(max_examples=ROUND, **options)(checked(name, tmp_path, counts)))()
     with capsys.disabled():
         print(f"{name}: {counts.total():,} files, {counts[True]:,} of them read")
 
