@@ -84,7 +84,8 @@ def tiny(run: Experiment) -> Experiment:
 
 def tiny_media(media: MediaConfig) -> MediaConfig:
     """The same text encoder and autoencoder with hardly any width."""
-    encoder, vae = revise(media.text_encoder, TINY_TEXT), revise(media.vae, TINY_VAE)
+    small = TINY_VAE | ({"dec_dim": 4} if hasattr(media.vae, "dec_dim") else {})
+    encoder, vae = revise(media.text_encoder, TINY_TEXT), revise(media.vae, small)
     tiny = {"text_encoder": encoder, "vae": vae, "text_length": 6}
     if media.image_encoder:
         tiny["image_encoder"] = revise(media.image_encoder, TINY_CLIP)

@@ -56,8 +56,8 @@ def videos(
     """
     t, h, w, _ = prompts_dataset(run, None, frames).sample_shape
     media: Any = run.media
-    config, stride, place, names = media.vae, media.vae.stride, as_path(folder), list_files(folder)
     known = network_of(run.model).known_frames(run.model)
+    config, stride, place, names = media.vae, media.vae.stride, as_path(folder), list_files(folder)
     count, rate = 1 + (known + t - 1) * stride[0], media.fps if fps is None else fps
     if rate <= 0 or clips < 1:
         raise ValueError(f"fps {rate} must be above 0, and clips {clips} at least 1")
@@ -66,11 +66,7 @@ def videos(
     encoder = _encoder(config, vae_path)
     told = _of_first_frame(config, encoder, t, tile) if first_frame else {}
     told |= _of_clip(media.image_encoder, clip) if clip is not None else {}
-    for shape in shapes.values():
-        brought = {name: shape_of(shape) for name, (shape_of, _) in told.items()}
-        # Known frames are the first of x0 in the set.
-        brought |= {name: leaf.shape for name, leaf in known_condition(known, shape).items()}
-        check_conditions(run.model, shape, brought)
+    _check_brought(run.model, shapes.values(), told)
     shapes = {size: (known + shape[0], *shape[1:]) for size, shape in shapes.items()}
     prompts = dict(zip(names, read_captions(place, names, captions), strict=True))
     items, bad = [], {}
@@ -94,6 +90,14 @@ def videos(
     settings |= {"first_frame": first_frame, "tile": tile, "vae": os.fspath(vae_path), "vae_bytes": _bytes(vae_path)}
     settings |= {} if clip is None else {"clip": os.fspath(clip), "clip_bytes": _bytes(clip)}
     return Source(items, settings, make, prepare, bad=bad)
+
+
+def _check_brought(model, shapes, told: dict[str, Condition]) -> None:
+    """ValueError unless a network takes what a set will have: known frames are the first of its x0."""
+    frames = network_of(model).known_frames(model)
+    for shape in shapes:
+        brought = {name: leaf.shape for name, leaf in known_condition(frames, shape).items()}
+        check_conditions(model, shape, brought | {name: shape_of(shape) for name, (shape_of, _) in told.items()})
 
 
 def _encoder(config, path) -> Callable[[], Any]:
