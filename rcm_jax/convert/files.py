@@ -203,7 +203,7 @@ def _weight_map(path):
         places = places["weight_map"]
         _check_count(places)
         for place in dict.fromkeys(places.values()):
-            if pathlib.PurePath(place).name != place:
+            if pathlib.PurePath(place).name != place or len(os.fsencode(place)) > 255:  # no folder takes it
                 raise ValueError(f"it places tensors in '{brief(place)}', which is no plain file name")
     return places
 
