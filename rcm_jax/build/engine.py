@@ -25,7 +25,7 @@ from etils import epath
 from rcm_jax.build.source import Example, Item, Source
 from rcm_jax.data import records
 from rcm_jax.data.latents import SET, UNCOND, read_set, shard_name
-from rcm_jax.util.files import as_path, write_text, write_whole
+from rcm_jax.util.files import as_path, read_json, write_text, write_whole
 
 PLAN, EXAMPLES = "plan.json", "examples.jsonl"
 AHEAD = 4  # items that are prepared before they are made
@@ -67,7 +67,7 @@ class Plan(NamedTuple):
         pending = {shard.number for shard in self.pending()}
         paths = [self.part(shard) for shard in self.shards if shard.number not in pending]
         with futures.ThreadPoolExecutor(16) as pool:
-            return [json.loads(text) for text in pool.map(lambda path: path.read_text(), paths)]
+            return list(pool.map(read_json, paths))
 
     def items(self, shard: Shard) -> list[Item]:
         """Those that its examples are made of."""
@@ -112,7 +112,7 @@ def claim(plan: Plan) -> None:
         if any(not name.startswith(".") for name in there):
             raise ValueError(f"{plan.folder} is there and not an empty folder: choose another --out")
         write_text(path, json.dumps(plan.made_from, indent=1) + "\n")
-    found = json.loads(path.read_text())
+    found = read_json(path)
     if different := sorted(k for k in found.keys() | plan.made_from.keys() if found.get(k) != plan.made_from.get(k)):
         shown = "; ".join(f"{k}: {found.get(k)} there, {plan.made_from.get(k)} here" for k in different[:5])
         raise ValueError(f"{plan.folder} is being built from something else: {shown}. Choose another --out")

@@ -19,7 +19,7 @@ from rcm_jax.convert.torch_file import read_torch_tensor
 from rcm_jax.media.first_frame import check_conditions
 from rcm_jax.run.experiment import Experiment, MediaConfig
 from rcm_jax.run.generate import prompts_dataset
-from rcm_jax.util.files import as_path
+from rcm_jax.util.files import as_path, regular
 
 LATENT, EMBEDDING, PROMPT = "latent.pt", "embed.pt", "prompt.txt"
 DTYPES = (np.dtype("float32"), np.dtype("float16"), np.dtype(ml_dtypes.bfloat16))
@@ -100,7 +100,7 @@ def _index(path) -> tuple[list[Sample], dict[str, str]]:
     parts: dict[str, dict[str, Any]] = {}
     bad = {}
     try:
-        with path.open("rb") as opened, tarfile.open(fileobj=opened, mode="r:") as archive:
+        with regular(path).open("rb") as opened, tarfile.open(fileobj=opened, mode="r:") as archive:
             for member in archive:
                 folder, _, file = member.name.rpartition("/")
                 name, _, kind = file.partition(".")
@@ -119,7 +119,7 @@ def _index(path) -> tuple[list[Sample], dict[str, str]]:
             opened.seek(archive.offset)
             if opened.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes anything for the zeros that end a tar
                 raise tarfile.ReadError(f"no header at byte {archive.offset}")
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OverflowError) as error:
         bad[path.name] = f"{path} is truncated, damaged or no plain tar ({error}): download it again"
     samples = []
     for name, sample in parts.items():

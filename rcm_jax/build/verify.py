@@ -1,6 +1,5 @@
 """Whether a set is what it says: every record read, and compared with what was written."""
 
-import json
 from collections.abc import Callable
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy as np
 from rcm_jax.build.engine import EXAMPLES
 from rcm_jax.data import records
 from rcm_jax.data.latents import UNCOND, read_set, shard_paths
-from rcm_jax.util.files import as_path
+from rcm_jax.util.files import as_path, parse_json, reading, regular
 
 
 def verify(folder, tick: Callable[[], object] = lambda: None) -> int:
@@ -62,8 +61,9 @@ def _lines(path) -> list[dict] | None:
     """Of examples.jsonl; None where it is missing, as in sets that were not built here."""
     if not path.exists():
         return None
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    numbers = [line.get("example") for line in lines]
+    with reading(path, "is no list of examples"):
+        lines = [parse_json(line) for line in regular(path).read_bytes().splitlines()]
+        numbers = [line.get("example") for line in lines]
     if numbers != list(np.arange(len(lines))):
         raise ValueError(f"{path} does not number its examples from 0")
     return lines

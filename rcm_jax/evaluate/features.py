@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import pickle
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rcm_jax.convert.numpy_pickle import read_arrays
 from rcm_jax.evaluate import frechet
 from rcm_jax.evaluate.extractors import Opened
 from rcm_jax.evaluate.inputs import Clips
 from rcm_jax.parallel.sharding import replicated
-from rcm_jax.util.files import local, write_whole
+from rcm_jax.util.files import local, reading, regular, write_whole
 
 
 @dataclasses.dataclass
@@ -170,8 +170,8 @@ def load(path) -> Features | None:
     """
     place = local(path)
     if place.suffix == ".pkl":
-        return _nvlabs(path, _plain_pickle(path, place.read_bytes()).get("fid", {}))
-    with np.load(place) as file:
+        return _nvlabs(path, read_arrays(place, "fid"))
+    with reading(path, "is damaged or no .npz"), np.load(regular(place)) as file:
         if "mu" in file and "sigma" in file:
             return _nvlabs(path, {name: file[name] for name in ("mu", "sigma")})
         if "extractor" not in file:
@@ -191,29 +191,3 @@ def _nvlabs(path, found) -> Features:
     if not {"mu", "sigma"} <= set(found):
         raise ValueError(f"{path} holds no mu and sigma of FID")
     return Features({"images": Statistics(0, found["mu"], found["sigma"])}, "inception", "", str(path))
-
-
-class _Plain(pickle.Unpickler):
-    """Dicts of numpy arrays of numbers, and nothing else."""
-
-    NAMES = frozenset(
-        (f"numpy.{core}{module}", name)
-        for module, name in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
-        for core in ("core.", "_core.")
-    ) | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
-
-    def find_class(self, module, name):
-        if (module, name) not in self.NAMES:
-            raise pickle.UnpicklingError(f"it asks for {f'{module}.{name}'!r:.100}, which no dict of arrays needs")
-        return super().find_class(module, name)
-
-
-def _plain_pickle(path, data: bytes) -> dict:
-    """A pickled dict of numpy arrays; nothing else is made of what a file says."""
-    try:
-        content = _Plain(io.BytesIO(data)).load()
-    except Exception as error:  # a hostile pickle can raise anything
-        raise ValueError(f"{path} is no pickle of arrays: {type(error).__name__}: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no dict of arrays")
-    return content

@@ -19,7 +19,7 @@ from rcm_jax.run.generate import Generator, guidance_of, make_sampler, restore
 from rcm_jax.run.samples import check_decoder, open_decoder
 from rcm_jax.train import checkpoint
 from rcm_jax.util.extras import require
-from rcm_jax.util.files import local
+from rcm_jax.util.files import local, reading, regular
 
 IMAGES = (".png", ".jpg", ".jpeg")
 THREADS = 16  # that read files
@@ -87,9 +87,10 @@ def of_reader(
 
 def _array(path, place) -> np.ndarray:
     """The only array of images in a file."""
-    found = np.load(place, mmap_mode="r")
+    with reading(path, "is damaged or no array of numpy"):
+        found: Any = np.load(regular(place), mmap_mode="r")
+        arrays = {name: found[name] for name in found.files} if isinstance(found, np.lib.npyio.NpzFile) else {}
     if isinstance(found, np.lib.npyio.NpzFile):
-        arrays = {name: found[name] for name in found.files}
         images = [array for array in arrays.values() if array.ndim in (4, 5)]
         if len(images) != 1:
             there = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
@@ -114,8 +115,8 @@ def _files(path, place) -> tuple[list[str], Callable[[str], np.ndarray]]:
         opened: Callable = lambda name: (place / name).open("rb")  # noqa: E731
     else:
         try:
-            archive = zipfile.ZipFile(place)
-        except zipfile.BadZipFile:
+            archive = zipfile.ZipFile(regular(place))
+        except (zipfile.BadZipFile, RuntimeError, NotImplementedError):
             raise ValueError(f"{path} is no folder, .zip, .npy or .npz of images") from None
         names, opened = sorted(archive.namelist()), archive.open
     images = [name for name in names if name.lower().endswith(IMAGES)]

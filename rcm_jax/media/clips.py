@@ -203,7 +203,7 @@ def _rows(table, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _json_object(line: str, where: str) -> dict:
-    with contextlib.suppress(json.JSONDecodeError):
+    with contextlib.suppress(json.JSONDecodeError, RecursionError):
         if isinstance(row := json.loads(line), dict):
             return row
     raise ValueError(f"{where} must be a JSON object with a file and a caption, got {line.strip():.100}")

@@ -21,7 +21,7 @@ from rcm_jax.run import generate, samples, texts
 from rcm_jax.run.pixels import frames, write
 from rcm_jax.train import checkpoint
 from rcm_jax.util.config import to_mapping
-from rcm_jax.util.files import as_path, local, write_text
+from rcm_jax.util.files import as_path, local, read_json, write_text
 
 SETTINGS, SAMPLES = "suite.json", "samples"
 LONGEST = 255 - 10  # bytes in the name of a file; while it is written it has ten more
@@ -51,7 +51,7 @@ def _objects(content: str, lines: bool = False, **keys: type) -> list[dict]:
     """The JSON objects of a list, or one on each line, if all have those keys; none for anything else."""
     try:
         found = [json.loads(line) for line in content.split("\n") if line.strip()] if lines else json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     fit = isinstance(found, list) and all(
         isinstance(one, dict) and all(isinstance(one.get(key), kind) for key, kind in keys.items()) for one in found
@@ -178,7 +178,7 @@ def _settings(suite: Suite, wanted: generate.Request) -> dict:
 def _check_folder(folder, settings: dict) -> None:
     """ValueError unless a folder is new, empty, or begun with the same settings."""
     if (folder / SETTINGS).exists():
-        found = json.loads((folder / SETTINGS).read_text())
+        found = read_json(folder / SETTINGS)
         if wrong := [key for key in settings if found.get(key) != settings[key]]:
             shown = "; ".join(f"{key}: {found.get(key)} there, {settings[key]} here" for key in wrong)
             raise ValueError(f"{folder} holds samples of something else: {shown}. Choose another --out")

@@ -17,7 +17,7 @@ from absl import logging
 from tensorboardX import SummaryWriter
 
 from rcm_jax.util.extras import require
-from rcm_jax.util.files import as_path, local, write_text
+from rcm_jax.util.files import as_path, listed, local, read_json, write_text
 from rcm_jax.util.mirror import Mirror
 
 
@@ -46,7 +46,7 @@ class MetricsWriter:
             kept = [row for row in _rows(path, aside=True) if row["step"] <= step]
             write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-        config = json.loads(made.read_text()) if (made := there / "config.json").exists() else {}
+        config = read_json(made) if (made := there / "config.json").exists() else {}
         self.events.add_text("config", f"```json\n{json.dumps(config, indent=1)}\n```", step)
         self.wandb = None
         if wandb:
@@ -113,11 +113,12 @@ def _rows(path, aside: bool = False) -> list[dict]:
         if row is not None:
             rows.append(row)
         elif line.endswith(b"\n"):
-            bad.append(line)
-            logging.warning("%s, line %d cannot be read and is left out", path, number)
+            bad.append((number, line))
+    if bad:
+        logging.warning("%s, line %s cannot be read: left out", path, listed(number for number, _ in bad))
     if bad and aside:
         with path.with_name(f"{path.name}.bad").open("ab") as file:
-            file.writelines(bad)
+            file.writelines(line for _, line in bad)
     return rows
 
 

@@ -142,6 +142,12 @@ def test_statistics_of_nvlabs_are_those_of_inception(tmp_path):
     (tmp_path / "bad.pkl").write_bytes(pickle.dumps(zipfile.ZipFile))
     with pytest.raises(ValueError, match=r"bad\.pkl is no pickle of arrays.*zipfile\.ZipFile"):
         features.load(tmp_path / "bad.pkl")
+    (tmp_path / "bad.pkl").write_bytes(b"\x80\x04" + b"]" * 10**6 + b".")  # a list in a list in a list …
+    with pytest.raises(ValueError, match=r"bad\.pkl is no pickle of arrays"):
+        features.load(tmp_path / "bad.pkl")
+    (tmp_path / "bad.pkl").write_bytes(pickle.dumps({"fid": {"mu": np.zeros(2, object), "sigma": np.zeros((2, 2))}}))
+    with pytest.raises(ValueError, match=r"bad\.pkl is no pickle of arrays"):
+        features.load(tmp_path / "bad.pkl")
     (tmp_path / "bad.pkl").write_bytes(pickle.dumps({"fd_dinov2": {}}))
     with pytest.raises(ValueError, match="no mu and sigma"):
         features.load(tmp_path / "bad.pkl")
