@@ -2,9 +2,9 @@
 
 python scripts/random_weights.py --config=wan_1_3b.py:tiny --out=DIR
 
-DIR then has a teacher (a workdir), a vae and, for configs with text, a text_encoder and a tokenizer, for the flags of
-build_dataset.py, train.py and sample.py. What comes out is noise. Meant for `:tiny`: a full-size config takes as many
-GB as the real weights.
+DIR then has a teacher (a workdir), a vae and, for configs with text, a text_encoder and a tokenizer, for image to video
+of Wan2.1 a clip, for the flags of build_dataset.py, train.py and sample.py. What comes out is noise. Meant for `:tiny`:
+a full-size config takes as many GB as the real weights.
 """
 
 import common  # noqa: I001  (puts the checkout on the path)
@@ -37,8 +37,11 @@ def main():
         raise ValueError("this config has no media: there is nothing around its network")
     logging.set_verbosity(logging.ERROR)  # orbax warns of the format that is chosen on purpose
     with new_folder(OUT.value) as folder:
-        around = {"vae": run.media.vae} | ({"text_encoder": encoder} if (encoder := run.media.text_encoder) else {})
+        encoder = run.media.text_encoder
+        around = {"vae": run.media.vae, "text_encoder": encoder, "clip": run.media.image_encoder}
         for name, config in around.items():
+            if config is None:
+                continue
             kind = convert.name_of(config)
             layout, model = next(iter(convert.MODELS[kind].layouts(config))), convert.MODELS[kind]
             write_tensors(folder / name, convert.to_reference(kind, draw(model.init, config), config, layout))

@@ -22,9 +22,12 @@ from rcm_jax.method import denoiser
 from rcm_jax.models import init as init_network
 from rcm_jax.models import t5, wan22_vae, wan_vae
 from rcm_jax.run import generate, images, pipeline, workdir
-from rcm_jax.run.experiment import Predictor, from_mapping
+from rcm_jax.run.experiment import Predictor, PretrainConfig, from_mapping
 from rcm_jax.run.program import make_network
 from rcm_jax.train.metrics import read_metrics
+from rcm_jax.train.optimizer import OptimizerConfig
+from rcm_jax.train.steps import DiffusionMethod
+from rcm_jax.train.trainer import TrainConfig
 from rcm_jax.util.config import revise
 from tests import tiny
 from tests.media.test_text import WORDS, write_tokenizer
@@ -208,3 +211,35 @@ def test_a_network_of_text_takes_no_image_and_clip_features_are_asked_for(world)
     clip = from_mapping(wan_i2v_14b.get_config("tiny").to_dict())
     assert images.taken(clip.model, clip.data.shape) == {"y", "clip_features"}
     assert images.taken(HIGH.model, HIGH.data.shape) == {"y"}
+
+
+@pytest.mark.slow
+def test_what_a_trained_network_makes_begins_with_the_image_that_it_was_given(tmp_path):
+    """Videos of latents that fade from a first frame; docs/image_to_video.md has the numbers."""
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=(512, 1, 4, 6, 4)) * np.ones((512, 2, 1, 1, 1))
+    first[:, 1] *= 0.5
+    y = np.concatenate([np.zeros_like(first), first], axis=-1)
+    y[:, 0, ..., :4], y[:, 1] = 1, 0
+    path = tiny.write_latents(tmp_path / "latents", first, np.zeros((512, 6, 8)), y=y)
+    run = from_mapping(wan_i2v_14b.get_config("tiny").to_dict())
+    changes = {"model.clip_dim": 0, "model.dim": 64, "model.ffn_dim": 128, "model.dtype": "float32"}
+    changes |= {"model.remat": "none", "media.image_encoder": None, "data.path": path, "seed": 1}
+    optimizer = OptimizerConfig(2e-3, b1=0.9, warmup_steps=100)
+    changes["pretrain"] = PretrainConfig(
+        DiffusionMethod(optimizer=optimizer), TrainConfig(2000, 32, log_every=200, sample_every=2000)
+    )
+    changes["rcm"] = revise(run.rcm, {"guidance": 1.0, "student.learning_rate": 2e-4, "fake_score.learning_rate": 2e-4})
+    changes["train"] = TrainConfig(400, 32, log_every=100, sample_every=400)
+    trained = pipeline.train(revise(run, changes), tmp_path / "run")
+    batch = trained.dataset.train[np.arange(16)]
+    key, cond = jax.random.key(0), batch["cond"]
+    samplers = {"teacher": (trained.program.teacher_sampler(), trained.teacher.params)}
+    samplers |= {f"student {k}": (s, trained.state.ema) for k, s in trained.program.student_samplers((1, 4)).items()}
+    for name, (sampler, params) in samplers.items():
+        with jax.set_mesh(trained.program.mesh):
+            x0 = np.asarray(sampler(params, key, np.arange(16), cond, (2, 4, 6, 4)))
+        wanted = cond["y"][:, 0, ..., 4:]
+        own, other = relative(x0[:, 0], wanted), relative(x0[:, 0], np.roll(wanted, 1, axis=0))
+        print(f"{name}: {own:.3f} from its image, {other:.3f} from another")
+        assert own < 0.5 and other > 1
