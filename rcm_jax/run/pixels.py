@@ -87,13 +87,24 @@ def suffix(shape) -> str:
     return ".mp4" if with_frames(shape)[0] > 1 else ".png"
 
 
-def write_together(stem: pathlib.Path, media: MediaConfig, params: Mapping[str, Any], x0, caption: str):
+def first_frames(media: MediaConfig, params, cond: Mapping) -> np.ndarray | None:
+    """uint8 [n, H, W, 3]: the images of which the condition "y" [n, t, h, w, c] tells; None if there is none."""
+    if "y" not in cond:
+        return None
+    latents = cond["y"][:, :1, ..., -media.vae.z_dim :]
+    return np.stack([next(iter(frames(media, params, one))) for one in latents])
+
+
+def write_together(stem: pathlib.Path, media: MediaConfig, params: Mapping[str, Any], x0, caption: str, beside=None):
     """Writes latents x0 [n, t, h, w, c] or [n, h, w, c] side by side under a caption: stem.mp4 or, of one frame, .png.
 
     Returns (path, picture): uint8 [H, W, 3] of that frame, or of some frames with a row for each sample. They are
-    decoded one after another: the device holds one, the host the pixels of all.
+    decoded one after another: the device holds one, the host the pixels of all. beside: uint8 [n, H, W, 3], images that
+    stand left of them.
     """
     decoded = np.stack([np.stack(list(frames(media, params, one))) for one in x0], axis=1)  # [t, n, h, w, 3]
+    if beside is not None:
+        decoded = np.concatenate([np.broadcast_to(beside, decoded.shape), decoded], axis=3)
     columns = int(np.ceil(np.sqrt(len(x0))))
 
     def page(images, columns):

@@ -163,7 +163,8 @@ def _of_latents(program: Program) -> Preview:
             return Shown(values=values)
         try:
             videos = pixels.whole(samples, examples["cond"])
-            path, drawn = pixels.write_together(stem, media, decoder, videos, caption)
+            beside = pixels.first_frames(media, decoder, examples["cond"])
+            path, drawn = pixels.write_together(stem, media, decoder, videos, caption, beside)
         except jax.errors.JaxRuntimeError as error:  # of this process alone, say no memory: training need not end
             logging.warning("no %s: %s", stem.name, str(error).splitlines()[0])
             return Shown(values=values)

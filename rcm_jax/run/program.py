@@ -170,6 +170,7 @@ def assemble(run: Experiment, mesh, dataset: Dataset) -> Program:
     classes = getattr(run.model, "num_classes", None)
     if classes != dataset.num_classes and classes != 0:  # with 0 the network does not look at labels
         raise ValueError(f"config.model.num_classes is {classes}, but the data have {dataset.num_classes} classes")
+    check_conditions(run.model, dataset)
     for shape in dataset.shapes:
         check_network(run.model, shape, mesh)
     network, key = make_network(run, dataset.first), jax.random.key(run.seed)
@@ -190,6 +191,23 @@ def assemble(run: Experiment, mesh, dataset: Dataset) -> Program:
     method = rcm_method(run.rcm, velocities, run.train.accumulate, network.normalised)
     distillation = trainer.make_training(run.rcm.name, run.train, mesh, method, boxed, jax.random.fold_in(key, 2))
     return Program(run, mesh, dataset, network, teacher_F, pretraining, distillation)
+
+
+def check_conditions(model, dataset: Dataset) -> None:
+    """ValueError where the data lack what a network is told of an image, or have what it does not take."""
+    takes = WAYS.keys() & set(network_of(model).conditions(model, dataset.sample_shape))
+    has = WAYS.keys() & set(dataset.first["cond"])
+    for name in sorted(takes ^ has):
+        sides = ("takes", "lack") if name in takes else ("does not take", "have")
+        raise ValueError(f"this network {sides[0]} {name}, which the data {sides[1]}: it is {WAYS[name]}")
+
+
+# What tells a network of an image, and how a set gets it.
+WAYS = {
+    "y": "of sets that are built with --first_frame",
+    "clip_features": "of sets that are built with --clip=FILE",
+    "known": "the first frames of a set, by config.data.known_frames and config.model.known_frames",
+}
 
 
 def student_sampler(

@@ -12,18 +12,19 @@ import pytest
 from PIL import Image
 
 import rcm_jax
-from configs import wan2_2_i2v_a14b, wan_i2v_14b
+from configs import wan2_2_i2v_a14b, wan2_2_t2v_a14b, wan_i2v_14b
 from rcm_jax import convert
 from rcm_jax.convert.files import write_tensors
 from rcm_jax.data import latents
 from rcm_jax.media import vae
 from rcm_jax.media.clips import read_image
+from rcm_jax.media.first_frame import first_frame
 from rcm_jax.method import denoiser
 from rcm_jax.models import init as init_network
 from rcm_jax.models import t5, wan22_vae, wan_vae
-from rcm_jax.run import generate, images, pipeline, workdir
+from rcm_jax.run import generate, images, pipeline, pixels, workdir
 from rcm_jax.run.experiment import Predictor, PretrainConfig, from_mapping
-from rcm_jax.run.program import make_network
+from rcm_jax.run.program import make_network, zeros
 from rcm_jax.train.metrics import read_metrics
 from rcm_jax.train.optimizer import OptimizerConfig
 from rcm_jax.train.steps import DiffusionMethod
@@ -175,8 +176,8 @@ def test_a_network_is_given_the_first_frame_of_the_set_and_then_of_an_image(name
     assert relative(samples[2].whole[:, :, 1:], samples[0].whole[:, :, 1:]) > 1e-3
     first = next(samples[0].frames(0, 0)).astype(float)
     size = first.shape[1], first.shape[0]
-    pixels = read_image(world / "wide.png", size)[None, None].astype(np.float32) / 127.5 - 1
-    back = vae.decode(media.vae, decoder, vae.encode(media.vae, decoder, pixels))[0, 0]
+    shown = read_image(world / "wide.png", size)[None, None].astype(np.float32) / 127.5 - 1
+    back = vae.decode(media.vae, decoder, vae.encode(media.vae, decoder, shown))[0, 0]
     np.testing.assert_allclose(first, np.clip(back / 2 + 0.5, 0, 1) * 255, atol=2)
 
 
@@ -211,6 +212,57 @@ def test_a_network_of_text_takes_no_image_and_clip_features_are_asked_for(world)
     clip = from_mapping(wan_i2v_14b.get_config("tiny").to_dict())
     assert images.taken(clip.model, clip.data.shape) == {"y", "clip_features"}
     assert images.taken(HIGH.model, HIGH.data.shape) == {"y"}
+
+
+@pytest.mark.parametrize("name", ["wan_i2v_14b", "wan2_2_ti2v_5b", "cosmos_v2w_2b"])
+def test_nothing_that_a_network_is_told_of_the_image_is_lost(name):
+    """F and its tangent change with y, with clip_features, with known frames."""
+    run = from_mapping(importlib.import_module(f"configs.{name}").get_config("tiny").to_dict())
+    run = revise(run, {"model.dtype": "float32", "model.remat": "none"})
+    batch = jax.tree.map(
+        lambda x: np.random.default_rng(0).normal(size=x.shape).astype(np.float32), zeros(run, run.data.shape).first
+    )
+    network, params = make_network(run, batch), params_of(init_network, run.model)
+
+    @jax.jit
+    def answer(cond):
+        def F(x, t):
+            return network.F(params, x, t, cond)
+
+        return jax.jvp(F, (batch["x0"], jnp.full(1, 1.2)), (batch["x0"], jnp.ones(1)))
+
+    before = answer(batch["cond"])
+    told = images.taken(run.model, run.data.shape)
+    assert told == {"wan_i2v_14b": {"y", "clip_features"}}.get(name, {"known"})
+    for condition in told:
+        after = answer(batch["cond"] | {condition: -batch["cond"][condition]})
+        assert relative(after[0], before[0]) > 1e-3 and relative(after[1], before[1]) > 1e-3, condition
+
+
+def test_data_and_network_must_agree_on_what_is_told_of_the_image(world, tmp_path):
+    rng = np.random.default_rng(0)
+    plain = tiny.write_latents(tmp_path / "plain", rng.normal(size=(8, 2, 4, 6, 4)), rng.normal(size=(8, 6, 8)))
+    with pytest.raises(ValueError, match="takes y, which the data lack: .* --first_frame"):
+        pipeline.train(revise(HIGH, {"data.path": plain, "teacher": "random"}), tmp_path / "run")
+    t2v = from_mapping(wan2_2_t2v_a14b.get_config("tiny").to_dict())
+    with pytest.raises(ValueError, match="does not take y, which the data have"):
+        pipeline.train(revise(t2v, {"data.path": str(world / "latents"), "teacher": "random"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=r"model.known_frames is 0 and data.known_frames 1: they must be the same"):
+        revise(HIGH, {"data.known_frames": 1})
+
+
+def test_the_image_stands_beside_a_preview(tmp_path):
+    params = params_of(wan_vae.init, MEDIA.vae)
+    frame = np.tanh(np.random.default_rng(0).normal(size=(32, 48, 3))).astype(np.float32)
+    beside = pixels.first_frames(MEDIA, params, {"y": first_frame(MEDIA.vae, params, frame, 2)[None]})
+    back = vae.decode(MEDIA.vae, params, vae.encode(MEDIA.vae, params, frame[None, None]))[0, 0]
+    np.testing.assert_allclose(beside[0], np.clip(back / 2 + 0.5, 0, 1) * 255, atol=1)
+    x0 = np.random.default_rng(1).normal(size=(1, 2, 4, 6, 4)).astype(np.float32)
+    path, drawn = pixels.write_together(tmp_path / "1", MEDIA, params, x0, "step 1", beside)
+    with av.open(str(path)) as file:
+        assert file.streams.video[0].width >= 2 * 48
+    np.testing.assert_array_equal(drawn[-32 - 4 : -4, 4 : 4 + 48], beside[0])
 
 
 @pytest.mark.slow
