@@ -242,7 +242,7 @@ def test_nothing_that_a_network_is_told_of_the_image_is_lost(name):
 def test_data_and_network_must_agree_on_what_is_told_of_the_image(world, tmp_path):
     rng = np.random.default_rng(0)
     plain = tiny.write_latents(tmp_path / "plain", rng.normal(size=(8, 2, 4, 6, 4)), rng.normal(size=(8, 6, 8)))
-    with pytest.raises(ValueError, match="takes y, which the data lack: .* --first_frame"):
+    with pytest.raises(ValueError, match=r"takes y, which the data lack: .* --first_frame"):
         pipeline.train(revise(HIGH, {"data.path": plain, "teacher": "random"}), tmp_path / "run")
     t2v = from_mapping(wan2_2_t2v_a14b.get_config("tiny").to_dict())
     with pytest.raises(ValueError, match="does not take y, which the data have"):
