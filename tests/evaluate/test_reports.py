@@ -18,6 +18,7 @@ from rcm_jax.evaluate.mixture import Reference
 from rcm_jax.evaluate.reports import REPORTS, no_report
 from rcm_jax.media.picture import save_png
 from rcm_jax.method import trigflow
+from rcm_jax.method.trigflow import WHOLE
 from rcm_jax.run.experiment import SamplingConfig
 from rcm_jax.run.program import Network, Program
 from tests import tiny
@@ -53,6 +54,7 @@ def finished(tmp_path, dataset, centres, teacher=True):
         data=MoonsConfig(),
         rcm=record(name="mine"),
         teacher_guidance=1.0,
+        noise_range=WHOLE,
         sampling=SamplingConfig(sigma_max=80.0, mid_times=((), (1.0,))),
         exact_teacher=False,
     )

@@ -42,7 +42,7 @@ def test_student_sampler_is_few_step_sampling_with_the_configured_times(steps):
 def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in():
     for sampler in (
         program.student_sampler(F, SAMPLING, 3),
-        program.teacher_sampler(F, UNCOND, 2.0, SAMPLING, 4),
+        program.teacher_sampler(denoiser.guided(F, 2.0), UNCOND, SAMPLING, 4),
     ):
         key, ids = jax.random.key(0), np.arange(6)
         whole = sampler(0.5, key, ids, COND, SHAPE)
@@ -54,12 +54,14 @@ def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in():
 
 def test_teacher_sampler_is_the_guided_euler_solution_from_the_first_noise_of_the_student():
     key = jax.random.key(0)
-    sampled = program.teacher_sampler(F, UNCOND, 2.0, SAMPLING, 4)(0.5, key, np.arange(6), COND, SHAPE)
+    sampled = program.teacher_sampler(denoiser.guided(F, 2.0), UNCOND, SAMPLING, 4)(0.5, key, np.arange(6), COND, SHAPE)
     noise = samplers.unit_noise(jax.random.fold_in(key, 0), np.arange(6), SHAPE)
     guided = denoiser.guided(F, 2.0)
     expected = samplers.euler(guided, 0.5, noise, samplers.ode_times(4, 80.0, 3.0), (COND, UNCOND))
     np.testing.assert_allclose(sampled, expected, rtol=1e-5, atol=1e-5)
-    unguided = program.teacher_sampler(F, UNCOND, 1.0, SAMPLING, 4)(0.5, key, np.arange(6), COND, SHAPE)
+    unguided = program.teacher_sampler(denoiser.guided(F, 1.0), UNCOND, SAMPLING, 4)(
+        0.5, key, np.arange(6), COND, SHAPE
+    )
     assert relative(unguided, sampled) > 1e-2
 
 
@@ -159,7 +161,7 @@ def test_solvers_are_known_by_name():
     with pytest.raises(ValueError, match="teacher_solver is 'trapezoid': it must be one of euler, unipc, heun"):
         dataclasses.replace(SAMPLING, teacher_solver="trapezoid")
     key, unipc = jax.random.key(0), dataclasses.replace(SAMPLING, teacher_solver="unipc")
-    sampled = program.teacher_sampler(F, UNCOND, 2.0, unipc, 4)(0.5, key, np.arange(6), COND, SHAPE)
+    sampled = program.teacher_sampler(denoiser.guided(F, 2.0), UNCOND, unipc, 4)(0.5, key, np.arange(6), COND, SHAPE)
     noise = samplers.unit_noise(jax.random.fold_in(key, 0), np.arange(6), SHAPE)
     times = samplers.ode_times(4, 80.0, 3.0)
     expected = samplers.unipc(denoiser.guided(F, 2.0), 0.5, noise, times, (COND, UNCOND))
@@ -179,7 +181,7 @@ def test_parameters_in_another_dtype_take_the_place_of_the_first():
 def test_a_teacher_may_start_at_another_noise_level():
     key = jax.random.key(0)
     further = dataclasses.replace(SAMPLING, teacher_sigma_max=5000.0)
-    sampled = program.teacher_sampler(F, UNCOND, 2.0, further, 4)(0.5, key, np.arange(6), COND, SHAPE)
+    sampled = program.teacher_sampler(denoiser.guided(F, 2.0), UNCOND, further, 4)(0.5, key, np.arange(6), COND, SHAPE)
     noise = samplers.unit_noise(jax.random.fold_in(key, 0), np.arange(6), SHAPE)
     times = samplers.ode_times(4, 5000.0, SAMPLING.teacher_shift)
     expected = samplers.euler(denoiser.guided(F, 2.0), 0.5, noise, times, (COND, UNCOND))
