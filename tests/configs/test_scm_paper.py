@@ -80,7 +80,9 @@ def test_cifar10_is_the_papers():
     assert 55.7e6 < count < 63e6
 
 
-@pytest.mark.parametrize(("module", "way"), [(cifar10, "sct"), (imagenet512, "scd")])
+@pytest.mark.parametrize(
+    ("module", "way"), [(cifar10, "sct"), pytest.param(imagenet512, "scd", marks=pytest.mark.slow)]
+)
 def test_each_trains_in_small(module, way, tmp_path):
     """A teacher with dropout and learned weights, then the student; on the digits and on noise as latents."""
     run = revise(

@@ -44,6 +44,7 @@ def traced():
     """Memory is counted; what hangs is ended with a traceback."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)  # what is left out of metrics is told line by line
+    hypothesis.given(hypothesis.strategies.integers())(lambda n: None)()  # it first reads all code for its constants
     tracemalloc.start()
     if SECONDS:
         faulthandler.dump_traceback_later(SECONDS + 300, exit=True)

@@ -154,7 +154,7 @@ def test_videos_become_a_set_of_two_shapes(run_script, published, tmp_path):
         CONFIG, f"--out={folder}", f"--videos={clips}", "--buckets=48x32,32x48", "--clips=2", "--negative_prompt=",
         *around(published),
     ]  # fmt: skip
-    assert_refused(run_script("build_dataset", *flags, f"--clip={tmp_path / 'none'}"), "none: no such file")
+    assert_refused(run_script("build_dataset", *flags, f"--clip={tmp_path / 'none'}"), "no media.image_encoder")
     process = run_script("build_dataset", *flags)
     assert process.returncode == 2
     assert "broken.mp4 cannot be read as a video" in process.stderr and "--most_skipped=0" in process.stderr

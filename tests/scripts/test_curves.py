@@ -10,7 +10,8 @@ def test_runs_are_drawn_one_below_the_other(run_script, tmp_path):
     shapes = []
     for runs in (["one"], ["one", "two"]):
         out = tmp_path / "new" / "curves.png"
-        process = run_script("curves", *(f"--run={name}={tmp_path}" for name in runs), f"--out={out}")
+        again = ["--overwrite"] if shapes else []
+        process = run_script("curves", *(f"--run={name}={tmp_path}" for name in runs), f"--out={out}", *again)
         assert process.returncode == 0, process.stderr
         assert iio.imread(out).std() > 1
         shapes.append(iio.imread(out).shape)

@@ -57,6 +57,7 @@ def test_two_processes_of_two_devices_train_as_one(trained, start_script, tmp_pa
     assert_same_run(tmp_path / "run", one)
 
 
+@pytest.mark.slow
 def test_the_others_end_when_one_is_killed_and_all_go_on_exactly(trained, start_script, tmp_path):
     one, _ = trained
     flags = [f"--config.teacher={one / 'teacher'}", "--config.mesh.data=1", "--config.mesh.fsdp=2"]

@@ -4,6 +4,7 @@ import time
 
 import jax
 import numpy as np
+import pytest
 
 from rcm_jax.run import lock, workdir
 from rcm_jax.run.experiment import Pretraining
@@ -19,6 +20,7 @@ def error_of(process) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_ends_with_status_3_and_a_diagnosis(trained, run_script, tmp_path):
     teacher = f"--config.teacher={trained[0] / 'teacher'}"
     flags = ["--config.rcm.student.learning_rate=1e30", "--config.train.most_skips=3", "--config.train.steps=30"]
@@ -41,6 +43,7 @@ def test_a_teacher_that_is_not_finite_is_refused_by_name_and_leaves_no_folder(tr
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_stands_still_ends_with_status_4_and_says_where(run_script, tmp_path):
     flags = ["--config.pretrain.train.hang_after=1", "--config.model.num_layers=12"]  # it compiles for longer
     process = run_script("train", *TINY, *flags, f"--workdir={tmp_path / 'run'}")
@@ -49,6 +52,7 @@ def test_a_run_that_stands_still_ends_with_status_4_and_says_where(run_script, t
     assert "in fit" in process.stderr  # the stacks
 
 
+@pytest.mark.slow
 def test_a_second_training_in_a_workdir_is_refused_while_the_first_goes_on(trained, start_script, run_script, tmp_path):
     teacher = f"--config.teacher={trained[0] / 'teacher'}"
     flags = [*TINY, teacher, f"--workdir={tmp_path / 'run'}"]
