@@ -90,7 +90,7 @@ def main():
     try:
         for seed in map(int, SEEDS.value):
             for name, judge, trained, before in run_seed(run, folder / f"seed{seed}", seed, CHOSEN.value):
-                samples = judge.samples(trained.state.ema)
+                samples = judge.samples(trained.student)
                 for steps, points in samples.items():
                     row = results.setdefault(f"{name}, {in_steps(steps)}", [])
                     row.append(evaluate(points, judge.reference))

@@ -10,12 +10,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
+from flax.traverse_util import unflatten_dict
 
-from rcm_jax.train import checkpoint
 from rcm_jax import convert
+from rcm_jax.convert import adapters
 from rcm_jax.models import NETWORKS
-from rcm_jax.run import workdir
+from rcm_jax.run import weights, workdir
 from rcm_jax.convert.files import write_tensors
 from rcm_jax.convert.lazy import LazyTensor
 from rcm_jax.convert.table import cast
@@ -25,7 +27,9 @@ from rcm_jax.util.files import check_new_folder
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir of scripts/train.py or convert_checkpoint.py.")
 ITEM = flags.DEFINE_enum("item", "ema", ["ema", "student", "fake_score"], "Which network; ema: the averaged student.")
 STEP = flags.DEFINE_integer("checkpoint_step", None, "Training step of the checkpoint; the newest if not given.")
-LAYOUT = flags.DEFINE_string("layout", "diffusers", "official, rcm or diffusers.")
+LAYOUT = flags.DEFINE_string("layout", "diffusers", "official, rcm or diffusers; of an adapter official or peft, too.")
+ADAPTER = flags.DEFINE_bool("adapter", False, "Of a student that is an adapter (LoRA) that alone, not merged.")
+MERGE = flags.DEFINE_string("merge", None, "A .safetensors file of an adapter (LoRA), merged into what is exported.")
 DST = flags.DEFINE_string("dst", None, "The folder to make: new or empty.")
 DTYPE = flags.DEFINE_enum(
     "dtype",
@@ -47,19 +51,29 @@ def main():
     kind = kind_of(NETWORKS, run.model)
     if kind not in convert.GENERATORS:
         raise ValueError(f"{CHECKPOINT.value} holds a {kind}; what can be exported is {', '.join(convert.GENERATORS)}")
-    convert.check_layout(kind, run.model, LAYOUT.value)
+    check_layout(run, kind)
     if SHARD_GB.value is not None and not 0 < SHARD_GB.value < math.inf:
         raise ValueError(f"--shard_gb={SHARD_GB.value} must be above 0, and finite")
     check_new_folder(DST.value)
-    abstract, step = checkpoint.params_of(CHECKPOINT.value, ITEM.value, STEP.value)
-    count, _, held = common.tally(dict(enumerate(jax.tree.leaves(abstract))))
+    if ADAPTER.value:
+        leaves, step = weights.own_leaves_of(CHECKPOINT.value, ITEM.value, STEP.value)
+    else:
+        leaves, step = weights.leaves_of(CHECKPOINT.value, ITEM.value, STEP.value, MERGE.value)
+    count, _, held = common.tally(leaves)
     dtype = held if DTYPE.value == "keep" else DTYPE.value
     print(f"{CHECKPOINT.value}: {ITEM.value} of step {step}, {count:,} parameters in {held}")
     print(f"{DST.value}: to be {kind} in the layout {LAYOUT.value!r} in {dtype}")
     if DRY_RUN.value:
         print("dry run: nothing was written")
         return
-    params, _ = checkpoint.restore_params(CHECKPOINT.value, ITEM.value, step)
+    params = unflatten_dict({path: np.asarray(leaf) for path, leaf in leaves.items()}, sep="/")
+    if ADAPTER.value:
+        adapter = adapters.Adapter(params, run.adapter.scale)
+        if DTYPE.value != "keep":
+            adapter = adapter.astype(DTYPE.value)
+        names = adapters.write(DST.value, kind, run.model, adapter, LAYOUT.value)
+        print(f"{DST.value}: {', '.join(names)}")
+        return
     tensors = convert.to_reference(kind, params, run.model, LAYOUT.value)
     if DTYPE.value != "keep":
         tensors = {name: narrowed(kind, name, tensor, jnp.dtype(DTYPE.value)) for name, tensor in tensors.items()}
@@ -73,6 +87,19 @@ def main():
             progress=bar.update,
         )
     print(f"{DST.value}: {', '.join(names)}")
+
+
+def check_layout(run, kind: str) -> None:
+    """ValueError for a layout that the network, or its adapter, does not have, and for no adapter where one is asked
+    for."""
+    if not ADAPTER.value:
+        convert.check_layout(kind, run.model, LAYOUT.value)
+    elif workdir.adapter_of(run) is None:
+        raise ValueError(
+            f"--adapter: {CHECKPOINT.value} holds whole parameters; scripts/extract_lora.py makes an adapter of them"
+        )
+    elif LAYOUT.value not in adapters.LAYOUTS or MERGE.value:
+        raise ValueError(f"--adapter is written in the layouts {', '.join(adapters.LAYOUTS)}, and without --merge")
 
 
 def narrowed(kind, name, tensor, dtype):

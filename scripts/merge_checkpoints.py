@@ -18,18 +18,12 @@ import secrets
 import shutil
 
 import jax
-import numpy as np
 from absl import flags
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rcm_jax import convert
 from rcm_jax.convert import merge
-from rcm_jax.convert.files import open_tensors, write_tensors
-from rcm_jax.convert.lazy import LazyTensor
-from rcm_jax.models import NETWORKS
-from rcm_jax.run import workdir
-from rcm_jax.train import checkpoint
-from rcm_jax.util.config import kind_of
+from rcm_jax.convert.files import write_tensors
+from rcm_jax.run.weights import open_weights
 from rcm_jax.util.files import as_path, check_new_folder, check_writable, empty, stored
 
 MODEL = flags.DEFINE_string("model", None, f"Of base: {', '.join(convert.PUBLISHED)}, or a JSON file as config.model.")
@@ -97,49 +91,7 @@ def skipped(name: str) -> bool:
 def opened(text: str, kind: str, config, layout: str) -> merge.Term:
     """A --term with its tensors under the names of a layout; ValueError that says which checkpoint does not fit."""
     weight, *both = parsed(text)
-    return merge.Term(weight, *(open_weights(path, kind, config, layout)[0] for path in both))
-
-
-def open_weights(path: str, kind: str, config, layout: str | None) -> tuple[dict[str, LazyTensor], str]:
-    """(tensors, layout) of a checkpoint: None takes its own layout, and all of it must fit, also what is skipped."""
-    way_out = ""
-    try:
-        if (as_path(path) / checkpoint.CHECKPOINTS).is_dir():
-            tensors = of_workdir(path, kind, layout or next(iter(convert.entries(kind, config))))
-        else:
-            tensors = convert.parameters(kind, open_tensors(path))
-        if layout is None:
-            layout = convert.recognise(kind, tensors, config)
-            return merge.under_names_of(layout, kind, tensors, config), layout
-        way_out = "; --skip=NAME leaves a tensor as it is in base"
-        return merge.under_names_of(layout, kind, tensors, config, skipped), layout
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}{way_out}") from None
-
-
-def of_workdir(path: str, kind: str, layout: str) -> dict[str, LazyTensor]:
-    """The averaged student of a workdir, or converted weights, in a layout: one of our arrays (which may hold a tensor
-    of every layer) is in memory at a time."""
-    run = workdir.read(path)
-    if (own := kind_of(NETWORKS, run.model)) != kind:
-        raise ValueError(f"it holds a {own}, not a {kind}")
-    abstract, step = checkpoint.params_of(path, "ema")
-    leaves = flatten_dict(abstract, sep="/")
-
-    @functools.lru_cache(1)
-    def read_leaf(ours: str) -> np.ndarray:
-        part, _ = checkpoint.restore_params(path, "ema", step, unflatten_dict({ours: leaves[ours]}, sep="/"))
-        (leaf,) = jax.tree.leaves(part)
-        return np.asarray(leaf)
-
-    def read(entry):
-        ours = read_leaf(entry.rule.ours)
-        return entry.rule.form.to_theirs(ours if entry.layer is None else ours[entry.layer], entry.shape)
-
-    return {
-        name: LazyTensor(entry.shape, np.dtype(leaves[entry.rule.ours].dtype), functools.partial(read, entry))
-        for name, entry in convert.entries(kind, run.model)[layout].items()
-    }
+    return merge.Term(weight, *(open_weights(path, kind, config, layout, skipped)[0] for path in both))
 
 
 def check_target():

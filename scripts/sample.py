@@ -32,7 +32,9 @@ from rcm_jax.run.samples import check_decoder, files_of
 from rcm_jax.util.files import as_path, check_writable
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir of scripts/train.py or convert_checkpoint.py.")
+ADAPTER = flags.DEFINE_string("adapter", None, "A .safetensors file of an adapter (LoRA), beside the weights.")
 LOW = flags.DEFINE_string("low", None, "Of a pair of networks (Wan2.2) that for little noise; --checkpoint: for much.")
+LOW_ADAPTER = flags.DEFINE_string("low_adapter", None, "Of the network --low.")
 STEP = flags.DEFINE_integer("checkpoint_step", None, "Training step of the checkpoint; the newest if not given.")
 OUT = flags.DEFINE_string("out", None, "The file to write: .png, .mp4 or .safetensors; of a suite a folder.")
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; its config's if not given.", lower_bound=1)
@@ -117,7 +119,8 @@ def sample_suite(generator) -> None:
 def open_generator():
     """What is sampled from, as the flags say."""
     generator = rcm_jax.load(
-        CHECKPOINT.value, step=STEP.value, mode=MODE.value, low=LOW.value,
+        CHECKPOINT.value, step=STEP.value, mode=MODE.value, low=LOW.value, adapter=ADAPTER.value,
+        low_adapter=LOW_ADAPTER.value,
         config=None if CONFIG.value is None else common.experiment(CONFIG),
         size=common.as_size("--size", SIZE.value), frames=FRAMES.value, image=IMAGE.value[0] if IMAGE.value else None,
         text_encoder=TEXT_ENCODER.value, tokenizer=TOKENIZER.value, vae=VAE.value, clip=CLIP.value,

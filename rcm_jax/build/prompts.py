@@ -73,7 +73,7 @@ def _sampler(generator: generate.Generator, guidance: float, uncond: Callable, b
     def load():
         network = make_network(generator.run, generator.dataset.first)
         mesh = generate.make_sampling_mesh(generator.run, generator.shape, batch)
-        params = generate.restore(network, generator.folder, generator.step, mesh)
+        params = generator.restored(network, mesh)
         steps = generator.run.sampling.teacher_steps
         return mesh, params, generate.make_sampler(generator, network.F, steps, guidance, uncond())
 

@@ -67,7 +67,7 @@ def open_tensors(path: str | os.PathLike) -> dict[str, LazyTensor]:
     if not place.exists():
         raise FileNotFoundError(f"{place}: no such file or folder")
     if place.is_dir():
-        place = _only_checkpoint(place)
+        place = only_checkpoint(place)
     if place.name.endswith(INDEX):
         return _open_index(place)
     if place.suffix == ".safetensors":
@@ -80,7 +80,8 @@ def open_tensors(path: str | os.PathLike) -> dict[str, LazyTensor]:
     raise ValueError(f"{place} is no checkpoint by its name: it must end in {endings}")
 
 
-def _only_checkpoint(folder):
+def only_checkpoint(folder):
+    """The one checkpoint in a folder; ValueError if there are none, or several."""
     names = sorted(p.name for p in folder.iterdir())
     found = [name for name in names if name.endswith(INDEX)]
     found = found or [name for name in names if name.endswith((".safetensors", *TORCH))]
@@ -100,7 +101,7 @@ def _open_safetensors(path):
                 raise ValueError(f"it does not begin as a safetensors file does, actual size {size}")
             if start > size:
                 raise ValueError(f"expected {start} bytes or more, actual size {size}")
-            entries = _entries(file.read(start - 8))
+            entries = _entries(_header(file.read(start - 8)))
         end = start + max((end for _, _, _, end in entries.values()), default=0)
         if end != size:
             raise ValueError(f"expected {end} bytes, actual size {size}")
@@ -116,10 +117,27 @@ def _open_safetensors(path):
     return tensors
 
 
-def _entries(text: bytes) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """{name: (dtype, shape, first byte, the byte behind)} of a header, in the order of their bytes, none left out."""
+def read_metadata(path) -> dict[str, str]:
+    """What the header of a .safetensors file says beside its tensors, which are not looked at."""
+    with reading(path, "is damaged or no safetensors file", "; download or copy it again"):
+        with regular(local(path)).open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > MOST_HEADER:
+                raise ValueError("it does not begin as a safetensors file does")
+            metadata = _header(file.read(size)).get("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its __metadata__ is no texts by names")
+    return metadata
+
+
+def _header(text: bytes) -> dict:
     if not isinstance(header := parse_json(text), dict):
         raise ValueError("its header is no JSON object")
+    return header
+
+
+def _entries(header: dict) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """{name: (dtype, shape, first byte, the byte behind)} of a header, in the order of their bytes, none left out."""
     header.pop("__metadata__", None)
     _check_count(header)
     entries = {name: _entry(name, entry) for name, entry in header.items()}

@@ -76,7 +76,7 @@ def _samplers(trained) -> dict:
         for k in (sampling.teacher_steps, FEW_STEPS):
             samplers[f"teacher {k}"] = program.teacher_sampler(k), trained.teacher.params
     students = program.student_samplers(STUDENT_STEPS).items()
-    return samplers | {f"student {k}": (sampler, trained.state.ema) for k, sampler in students}
+    return samplers | {f"student {k}": (sampler, trained.student) for k, sampler in students}
 
 
 def _by_class(images, labels, num_classes: int) -> np.ndarray:

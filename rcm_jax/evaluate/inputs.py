@@ -15,7 +15,7 @@ from rcm_jax.data.dataset import Dataset, random_access
 from rcm_jax.evaluate.report import in_steps
 from rcm_jax.parallel import distributed
 from rcm_jax.run import pixels, previews
-from rcm_jax.run.generate import Generator, guidance_of, make_sampler, restore
+from rcm_jax.run.generate import Generator, guidance_of, make_sampler
 from rcm_jax.run.samples import check_decoder, open_decoder
 from rcm_jax.train import checkpoint
 from rcm_jax.util.extras import require
@@ -175,7 +175,7 @@ def of_checkpoint(
     sampler = make_sampler(generator, network.F, steps, guidance, dataset.uncond)
     labels = np.random.RandomState(seed).randint(max(dataset.num_classes, 1), size=count).astype(np.int32)
     key, shape = jax.random.key(seed), generator.shape
-    restored = functools.cache(lambda mesh: restore(network, generator.folder, generator.step, mesh))
+    restored = functools.cache(lambda mesh: generator.restored(network, mesh))
 
     def batch(start, size, mesh):
         def later(params, key, ids, cond, shape):

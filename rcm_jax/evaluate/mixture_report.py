@@ -91,7 +91,7 @@ def write_scatter_report(trained) -> str:
         name, target, other = data_name(run.data), "training data", "training data"
         note = "Distances to held-out data, class by class."
     judge, n = make_judge(run, trained.program.network, reference), len(reference.labels)
-    samples = {f"student, {in_steps(k)}": sample for k, sample in judge.samples(trained.state.ema).items()}
+    samples = {f"student, {in_steps(k)}": sample for k, sample in judge.samples(trained.student).items()}
     panels = {target: reference.target} | samples
     plots = curves.of_training(trained.folder, None if run.exact_teacher else trained.teacher_folder)
     return write_report(

@@ -78,7 +78,7 @@ def _samplers(trained) -> dict:
     if trained.teacher.params is not None:
         samplers[f"teacher, {in_steps(sampling.teacher_steps)}"] = program.teacher_sampler(), trained.teacher.params
     students = program.student_samplers(STEPS).items()
-    return samplers | {f"student, {in_steps(k)}": (sampler, trained.state.ema) for k, sampler in students}
+    return samplers | {f"student, {in_steps(k)}": (sampler, trained.student) for k, sampler in students}
 
 
 def _rows(x0, samples: dict) -> Rows:

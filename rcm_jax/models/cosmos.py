@@ -266,6 +266,7 @@ NETWORK = Network(
         | known_condition(config.known_frames, shape)
     ),
     smallest=lambda config: (*config.patch, config.out_channels),
+    adapted=("blocks/*attention/*", "blocks/mlp/*"),
     known_frames=lambda config: config.known_frames,
     patch=lambda config: config.patch,
     parametrization="rectified_flow",

@@ -101,5 +101,6 @@ NETWORK = Network(
     module=DiT,
     conditions=lambda config, shape: {"label": jax.ShapeDtypeStruct((), jnp.int32)},
     smallest=lambda config: (config.patch, config.patch, 1),
+    adapted=("blocks/attention/*", "blocks/mlp/*"),
     patch=lambda config: (1, config.patch, config.patch),
 )

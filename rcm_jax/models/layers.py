@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from rcm_jax.kernels.attention import choices, flash_attention  # pyright: ignore[reportMissingImports]
+from rcm_jax.models.adapters import A, B
 from rcm_jax.models.product import affine
 from rcm_jax.parallel.sharding import RULES, activation_spec, check_sequence, current_mesh
 from rcm_jax.util.ranges import among, between
@@ -76,7 +77,10 @@ def with_axes(init: Callable, *axes: str) -> Callable[..., Array]:
 
 
 class Dense(nn.Module):
-    """x·kernel + bias over the last axis, in `dtype`; gradients of kernel and bias in float32 (models/product.py)."""
+    """x·kernel + bias over the last axis, in `dtype`; gradients of kernel and bias in float32 (models/product.py).
+
+    With x·A·B beside it where the parameters have an adapter (models/adapters.py).
+    """
 
     features: int
     dtype: str
@@ -90,7 +94,11 @@ class Dense(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", with_axes(nn.initializers.zeros, "vector"), (self.features,))
-        return checkpoint_name(affine(x, kernel, bias, self.dtype), "product")
+        y = affine(x, kernel, bias, self.dtype)
+        if self.has_variable("params", A):
+            down, up = self.get_variable("params", A), self.get_variable("params", B)
+            y = y + affine(affine(x, down, None, self.dtype), up, None, self.dtype)
+        return checkpoint_name(y, "product")
 
 
 def dense(features, name, *, dtype, axes=("embed", "features"), init=None, use_bias=True) -> Dense:

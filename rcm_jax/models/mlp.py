@@ -54,4 +54,5 @@ NETWORK = Network(
     module=MLP,
     conditions=lambda config, shape: {"label": jax.ShapeDtypeStruct((), jnp.int32)},
     smallest=lambda config: (config.features,),
+    adapted=("layer_*",),
 )

@@ -22,6 +22,7 @@ class Network(NamedTuple):
     known_frames: Callable[[Any], int] = lambda config: 0  # given before x as the condition "known"
     parametrization: str = "trigflow"  # what it predicts unless a config says otherwise; rcm_jax.method.denoiser
     time_scale: float = 1.0  # it is given time_scale × its own time
+    adapted: tuple[str, ...] = ()  # modules that have adapters unless a config names others; (): none of it can
     optional: tuple[str, ...] = ()  # conditions that it can do without: "guidance", "dropout"
     normalised: Callable[[Any], Any] | None = None  # parameters -> those that a training step starts from
     published: Mapping[str, Any] = NONE

@@ -275,6 +275,7 @@ NETWORK = Network(
     module=Wan,
     conditions=_conditions,
     smallest=lambda config: (*config.patch_size, config.out_dim),
+    adapted=("blocks/*attention/*", "blocks/mlp/*"),
     patch=lambda config: config.patch_size,
     known_frames=lambda config: config.known_frames,
     parametrization="rectified_flow",

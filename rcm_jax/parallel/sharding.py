@@ -23,6 +23,7 @@ RULES = {
     "heads": ("seq",),  # inside self-attention, in the place of tokens
     "embed": PARAMETER,  # the model width of a matrix; its other axis stays whole
     "features": None,  # widths of q, k, v, mlp, modulation
+    "rank": None,  # of adapters
     "layers": None,  # the scanned axis
     "vector": None,  # biases, norm scales, rows of small tables
 }

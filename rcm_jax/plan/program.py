@@ -101,7 +101,8 @@ def _calls(program: Program) -> tuple[dict, int]:
     training, (teacher, batch) = program.distillation, program.abstract_inputs()
     names = [name for name in ("student", "critic") if name in training.steps]
     calls = {name: (training.steps[name], training.state, teacher, batch) for name in names}
-    calls["sampler"] = (program.student_sampler(), *program.sampler_inputs(batch))
+    params = program.whole(teacher, training.state.ema)
+    calls["sampler"] = (program.student_sampler(), *program.sampler_inputs(params, batch))
     leaves = [x for x in jax.tree.leaves((training.state, teacher)) if x.sharding.memory_kind != HOST]
     return calls, sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 

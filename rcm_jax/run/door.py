@@ -55,14 +55,15 @@ def check_traces(program: Program, training: trainer.Training) -> None:
     if training is program.pretraining:
         teacher, size = Teacher(None, teacher.uncond), training.config.batch_size
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=x.sharding), batch)
-        samplers = [program.teacher_sampler(F=program.network.F)]
+        samplers = [(program.teacher_sampler(F=program.network.F), program.params)]
     else:
-        samplers = [program.student_sampler()] + [program.teacher_sampler()] * (teacher.params is not None)
+        samplers = [(program.student_sampler(), program.whole(teacher, training.state.ema))]
+        samplers += [(program.teacher_sampler(), teacher.params)] * (teacher.params is not None)
     for step in training.steps.values():
         step.eval_shape(training.state, teacher, batch)
     with jax.set_mesh(program.mesh):
-        for sampler in samplers:
-            sampler.eval_shape(*program.sampler_inputs(batch))
+        for sampler, params in samplers:
+            sampler.eval_shape(*program.sampler_inputs(params, batch))
 
 
 def check_finite(params, source) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from rcm_jax.data import DATASETS, LatentsConfig
 from rcm_jax.method import denoiser, samplers, trigflow
 from rcm_jax.models import AUTOENCODERS, IMAGE_ENCODERS, NETWORKS, TEXT_ENCODERS, network_of
+from rcm_jax.models.adapters import AdapterConfig
 from rcm_jax.models.layers import Dtype
 from rcm_jax.models.records import record_of
 from rcm_jax.parallel.sharding import MeshConfig
@@ -159,6 +160,7 @@ class Experiment(Pretraining):
     fake_start: str = ""  # workdir whose fake score, or averaged network, the fake score starts from; "": the teacher
     rcm: RcmConfig = RcmConfig()
     train: TrainConfig = TrainConfig()
+    adapter: AdapterConfig | None = None  # trained in the place of whole networks, beside the teacher's parameters
     teacher_dtype: Dtype = "float32"  # of the teacher's parameters in memory; those that are trained are float32
     exact_teacher: bool = False  # F_T is the data's own velocity; a pretrained network is only where the student starts
 
@@ -189,6 +191,8 @@ class Experiment(Pretraining):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.adapter and not self.has_teacher:
+            raise ValueError("adapter is beside the parameters of a teacher, and there is none: set it to None")
         if self.fake_start and not self.rcm.fake_score:
             raise ValueError(f"fake_start is {self.fake_start}, but rcm.fake_score is None: set it to ''")
         self._check_guidance()

@@ -22,12 +22,12 @@ from rcm_jax.method.denoiser import Velocity
 from rcm_jax.models import AUTOENCODERS, check_network, network_of
 from rcm_jax.models.records import record_of
 from rcm_jax.parallel.sharding import MeshConfig, make_mesh
-from rcm_jax.run import images, previews, texts, workdir
+from rcm_jax.run import images, previews, texts, weights, workdir
 from rcm_jax.run.experiment import Experiment, MediaConfig, Pretraining
 from rcm_jax.run.pixels import open_weights, with_frames
 from rcm_jax.run.program import Network, load_data, make_network, student_sampler, teacher_sampler, zeros
 from rcm_jax.run.samples import Samples
-from rcm_jax.train import checkpoint, trainer
+from rcm_jax.train import checkpoint
 from rcm_jax.util.files import as_path
 
 MOST = 10**6  # samples of one request: they are in memory together
@@ -50,6 +50,7 @@ class Generator:
     dataset: Dataset  # that of the classes, or for prompts one of zeros
     files: Mapping[str, Any]  # paths, by the keys of FILES; opened when they are needed
     low: "Generator | None" = None  # the network for little noise, of a pair of which this one is for much
+    adapter: Any = None  # the path of an adapter beside its parameters
 
     @property
     def media(self) -> Any:
@@ -92,6 +93,10 @@ class Generator:
     def network(self) -> Network:
         return make_network(self.run, self.dataset.first)
 
+    def restored(self, network: Network, mesh):
+        """Its parameters, as F takes them, over the devices of a mesh."""
+        return weights.restore(network, self.folder, self.step, mesh, self.adapter)
+
     def path(self, name: str) -> Any:
         """Of one of FILES; ValueError if it was not given, FileNotFoundError if it names nothing."""
         if (given := self.files.get(name)) is None:
@@ -108,7 +113,8 @@ class Generator:
 
 def load(
     folder, *, step: int | None = None, mode: str | None = None, config: Experiment | None = None,
-    size: tuple[int, int] | None = None, frames: int | None = None, image=None, low=None, **files,
+    size: tuple[int, int] | None = None, frames: int | None = None, image=None, low=None, adapter=None,
+    low_adapter=None, **files,
 ) -> Generator:  # fmt: skip
     """A generator from a workdir of a distillation (its averaged student), of a teacher, or of converted weights.
 
@@ -120,6 +126,7 @@ def load(
       size: width and height in pixels; None: the config's. For prompts alone, as what follows.
       frames: of pixels; None: the config's.
       low: a workdir as `folder`, with the network for little noise of a pair (Wan2.2); `folder` has that for much.
+      adapter: a file of an adapter, in any layout, to be beside the parameters; low_adapter: beside those of `low`.
       image: a file whose shape the samples have, in about as many pixels as the config's; for size=None.
       files: text_encoder, tokenizer, vae: paths of the published files around the network, any layout.
 
@@ -150,10 +157,15 @@ def load(
         if size is None and image is not None and getattr(run, "media", None):
             size = images.size_like(run, image)
         dataset = prompts_dataset(run, size, frames)
-    generator = Generator(as_path(folder), step, known == "teacher", run, dataset, files)
+    if adapter is not None:
+        weights.check_adapter(folder, there, adapter)
+    generator = Generator(as_path(folder), step, known == "teacher", run, dataset, files, adapter=adapter)
     if low is None:
+        if low_adapter is not None:
+            raise ValueError(f"low_adapter {low_adapter} is for the second network of a pair: name that by low")
         return generator
-    return _paired(generator, load(low, mode=mode, config=config, size=size, frames=frames, image=image, **files))
+    options = dict(mode=mode, config=config, size=size, frames=frames, image=image, adapter=low_adapter)
+    return _paired(generator, load(low, **options, **files))
 
 
 def _paired(high: Generator, low: Generator) -> Generator:
@@ -342,14 +354,6 @@ def make_sampling_mesh(run, shape, batch: int):
         return mesh
 
 
-def restore(network: Network, folder, step: int | None, mesh):
-    """The averaged parameters of a workdir in the dtype they are stored in, over the devices of a mesh."""
-    abstract = trainer.abstract_params(network.boxed, mesh)
-    stored, step = checkpoint.params_of(folder, "ema", step)
-    abstract = jax.tree.map(lambda x, y: jax.ShapeDtypeStruct(x.shape, y.dtype, sharding=x.sharding), abstract, stored)
-    return checkpoint.restore_item(folder, "ema", abstract, step)
-
-
 def make_sampler(
     generator: Generator, F: Velocity, steps: int, guidance: float | None, uncond, low_guidance: float | None = None
 ) -> Callable:
@@ -399,9 +403,9 @@ def load_sampler(wanted: Request, uncond, batch: int, tick: Callable[[], object]
     """The sampler of a request, with its parameters over all devices, for so many samples at once."""
     generator, network = wanted.generator, wanted.generator.network
     mesh = make_sampling_mesh(generator.run, generator.shape, batch)
-    params = restore(network, generator.folder, generator.step, mesh)
+    params = generator.restored(network, mesh)
     if generator.low:
-        params = params, restore(network, generator.low.folder, generator.low.step, mesh)
+        params = params, generator.low.restored(network, mesh)
     F = counted(network.F, tick) if tick else network.F
     return Loaded(mesh, params, make_sampler(generator, F, wanted.steps, wanted.guidance, uncond, wanted.low_guidance))
 

@@ -1,14 +1,16 @@
 """From an experiment to a trained student: its data, its teacher or start, its distillation, all in a workdir."""
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from rcm_jax.data.dataset import Dataset, batches, random_access
+from rcm_jax.models.adapters import flat
 from rcm_jax.parallel import distributed
-from rcm_jax.run import door, lock, previews, workdir
+from rcm_jax.run import door, lock, previews, weights, workdir
 from rcm_jax.run.experiment import RANDOM, Experiment, Pretraining
 from rcm_jax.run.program import Program
 from rcm_jax.train import checkpoint, rotation, trainer
@@ -35,6 +37,11 @@ class Trained(NamedTuple):
     def dataset(self) -> Dataset:
         return self.program.dataset
 
+    @property
+    def student(self):
+        """The parameters of the averaged student, as F takes them."""
+        return self.program.whole(self.teacher, self.state.ema)
+
 
 def train(
     run: Experiment, folder, profile: tuple[int, int] | None = None, cache=None, from_step: int | None = None
@@ -58,7 +65,8 @@ def train(
     elif run.teacher:  # read before anything is written
         teacher_folder = as_path(run.teacher)
         step = workdir.check_teacher(run)
-        params = checkpoint.restore_item(teacher_folder, "ema", program.params, step)
+        # A base is never trained, and so never needed in float32.
+        params = checkpoint.restore_item(teacher_folder, "ema", program.base if run.adapter else program.params, step)
         door.check_finite(params, teacher_folder)
     starts = read_starts(program) if checkpoint.is_empty(folder) else {}
     workdir.claim(folder, run)
@@ -94,7 +102,10 @@ def train_teacher(run: Pretraining, folder, cache=None, from_step: int | None = 
 def introduce(program: Program, training: Training) -> str:
     """What is about to run: the method, the network, the devices; the data and how long; what computes attention."""
     run, mesh = program.run, program.mesh
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.params))
+    count, trained = (
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for tree in (program.params, training.state.ema)
+    )
+    adapter = f", {trained:,} of an adapter beside them" if training is program.distillation and run.adapter else ""
     network = type(run.model).__name__.removesuffix("Config")
     devices = f"{mesh.size} × {mesh.devices.flat[0].device_kind}"
     axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -104,7 +115,8 @@ def introduce(program: Program, training: Training) -> str:
     attention = f"\nattention: {program.network.attention}" if program.network.attention else ""
     config = training.config
     return (
-        f"{training.label}: {network} of {count:,} parameters on {devices} (mesh {axes}), JAX {jax.__version__}\n"
+        f"{training.label}: {network} of {count:,} parameters{adapter} on {devices} (mesh {axes}), "
+        f"JAX {jax.__version__}\n"
         f"{before}{config.steps:,} steps of {config.batch_size} samples {list(program.sample_shape)}; "
         f"{examples:,} examples{attention}"
     )
@@ -117,16 +129,34 @@ def keep_programs(folder) -> None:
 
 
 def read_starts(program: Program) -> dict:
-    """{"student", "fake_score"}: the parameters that each starts from, where they are not the teacher's."""
+    """{"student", "fake_score"}: what is trained of each as it starts, where that is not as it is first drawn."""
     run, starts = program.run, {}
     for name, source in {"student": run.start, "fake_score": run.fake_start}.items():
-        if source:
+        if source and run.adapter and str(source).endswith(".safetensors"):
+            starts[name] = read_adapter(program, source)
+        elif source:
             step, there = workdir.check_start(source, run), workdir.read(source)
+            workdir.check_adapter(source, there, run)
             has_own = name == "fake_score" and isinstance(there, Experiment) and there.rcm.fake_score
             item = "fake_score" if has_own else "ema"
-            starts[name], _ = checkpoint.restore_params(source, item, step, program.params)
+            starts[name], _ = checkpoint.restore_params(source, item, step, program.distillation.state.ema)
             door.check_finite(starts[name], source)
     return starts
+
+
+def read_adapter(program: Program, path):
+    """The adapter in a file, that training starts from; ValueError unless it is one as config.adapter has it."""
+    config, wanted = program.run.adapter, program.distillation.state.ema
+    assert config
+    tree, scale = weights.read_adapter(path, program.run.model)
+    theirs, ours = ({name: tuple(leaf.shape) for name, leaf in flat(adapter).items()} for adapter in (tree, wanted))
+    if theirs != ours or not math.isclose(scale, config.scale, rel_tol=1e-6):
+        name = next(iter(sorted(theirs.items() ^ ours.items())), ("scale", scale))[0]
+        raise ValueError(
+            f"{path} is no adapter as config.adapter has it (rank {config.rank}, counted {config.scale:g} times): see "
+            f"{name}, which is {theirs.get(name, f'counted {scale:g} times')} there, {ours.get(name, 'absent')} here"
+        )
+    return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), tree, wanted)
 
 
 def on_host(trained: Trained) -> Trained:
@@ -152,11 +182,12 @@ def distil(program: Program, params, folder, student=None, fake_score=None, prof
     up. profile: as in `train`.
     """
     run, training = program.run, program.distillation
-    start = params if student is None else student
+    first = None if run.adapter else params
+    start = first if student is None else student
     if start is None:
-        state = trainer.place(training, jax.random.key(run.seed), program.network.make_params)
+        state = trainer.place(training, jax.random.key(run.seed), program.first, fake_score)
     else:
-        own = params if fake_score is None and run.rcm.fake_score else fake_score
+        own = first if fake_score is None and run.rcm.fake_score else fake_score
         state = trainer.place(training, start, fake_score=own)
     jax.tree.map(lambda leaf: leaf.delete(), (student, fake_score))
     if params is not None:
@@ -164,7 +195,8 @@ def distil(program: Program, params, folder, student=None, fake_score=None, prof
     teacher = program.teacher(params)
     stream = _stream(training, program.dataset, run.seed + 1)
     caption = f"{len(run.sampling.mid_times)}-step student (EMA)"
-    shown = previews.hook(program, program.student_sampler(), folder, caption)
+    whole = partial(program.whole, teacher)
+    shown = previews.hook(program, program.student_sampler(), folder, caption, whole)
     return trainer.fit(training, state, teacher, stream, folder, shown, profile), teacher
 
 

@@ -109,16 +109,17 @@ class Preview(NamedTuple):
     show: Callable[[np.ndarray, pathlib.Path, str], Shown]
 
 
-def hook(program: Program, sampler: Callable, folder, caption: str) -> Callable:
+def hook(program: Program, sampler: Callable, folder, caption: str, whole=lambda params: params) -> Callable:
     """What `fit` calls now and then: (state, step) -> Shown of the averaged network, None but in the first process.
 
-    caption: what samples, and how. All processes must call this, and what it returns.
+    caption: what samples, and how. whole: what is averaged -> what the sampler takes. All processes must call this, and
+    what it returns.
     """
     dataset, key = program.dataset, jax.random.fold_in(jax.random.key(program.run.seed), 4)
     asked, show = (_of_latents if dataset.view == "video" else _of_classes)(program)
 
     def preview(state, step) -> Shown | None:
-        samples = draw_on_mesh(program.mesh, sampler, state.ema, key, asked)
+        samples = draw_on_mesh(program.mesh, sampler, whole(state.ema), key, asked)
         if not distributed.first():
             return None
         return show(samples, as_path(folder) / "samples" / f"{step:08d}", f"step {step} · {caption}")

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,22 +21,27 @@ from rcm_jax.data.dataset import Dataset
 from rcm_jax.kernels.choice import in_words, settle  # pyright: ignore[reportMissingImports]
 from rcm_jax.method import denoiser, samplers, trigflow
 from rcm_jax.method.denoiser import Velocities, Velocity
-from rcm_jax.models import check_network, example, network_of, token_grid
+from rcm_jax.models import adapters, check_network, example, network_of, token_grid
+from rcm_jax.models.adapters import Adapted, AdapterConfig
 from rcm_jax.parallel.sharding import batch_sharding, replicated
 from rcm_jax.run.experiment import Experiment, Predictor, SamplingConfig
 from rcm_jax.train import trainer
 from rcm_jax.train.state import Teacher
-from rcm_jax.train.steps import diffusion_method, rcm_method
+from rcm_jax.train.steps import alone, diffusion_method, rcm_method
 from rcm_jax.train.trainer import Training
 
 
 class Network(NamedTuple):
-    """init(key) -> boxed parameters (with logical axes); F(params, x, t, cond) -> TrigFlow velocity, float32."""
+    """init(key) -> boxed parameters (with logical axes); F(params, x, t, cond) -> TrigFlow velocity, float32.
+
+    F takes parameters, or an adapters.Adapted.
+    """
 
     init: Callable[[jax.Array], Any]
     F: Velocity
     attention: str = ""  # what computes it, in words; "" without
     normalised: Callable | None = None  # of the network's record
+    adapted: tuple[str, ...] = ()  # of the network's record
 
     @property
     def boxed(self):
@@ -45,6 +51,10 @@ class Network(NamedTuple):
     def make_params(self, key):
         """Plain parameters."""
         return nn.meta.unbox(self.init(key))
+
+    def adapter(self, config: AdapterConfig | None) -> Callable[[jax.Array], Any]:
+        """key -> what is trained, boxed: an adapter or, without a config, all parameters."""
+        return partial(adapters.init, config, self.adapted, self.boxed) if config else self.init
 
 
 def make_network(config: Predictor, one: dict) -> Network:
@@ -60,10 +70,11 @@ def make_network(config: Predictor, one: dict) -> Network:
         return module.init(key, jnp.asarray(one["x0"]), jnp.zeros(1), **one["cond"])["params"]
 
     def net(params, x, time, cond):
-        return module.apply({"params": params}, x, time, **cond)
+        return module.apply({"params": adapters.whole(params)}, x, time, **cond)
 
     F = denoiser.PARAMETRIZATIONS[config.parametrization](net, config.time_scale)
-    return Network(init, F, attention, network_of(model).normalised)
+    record = network_of(model)
+    return Network(init, F, attention, record.normalised, record.adapted)
 
 
 def _attention(model, grid) -> str:
@@ -110,19 +121,30 @@ class Program(NamedTuple):
         """Shapes, dtypes and shardings of the parameters of one network."""
         return trainer.abstract_params(self.network.boxed, self.mesh)
 
+    @property
+    def base(self):
+        """As `params`, in the dtype of a teacher's in memory."""
+        dtype = self.run.teacher_dtype
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), self.params)
+
+    def first(self, key):
+        """What is trained as it is first drawn: plain parameters, or an adapter that adds nothing."""
+        return nn.meta.unbox(self.network.adapter(self.run.adapter)(key))
+
+    def whole(self, teacher: Teacher, trained):
+        """What F is given, of what is trained."""
+        return whole(self.run.adapter)(teacher, trained)
+
     def teacher(self, params) -> Teacher:
         """The frozen side of the distillation, with given parameters (None: it has none)."""
         return Teacher(params, jax.device_put(self.dataset.uncond, replicated(self.mesh)))
 
     def abstract_inputs(self) -> tuple[Teacher, dict]:
         """(teacher, batch) of the distillation: shapes, dtypes and shardings."""
-        narrow = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, self.run.teacher_dtype, sharding=x.sharding), self.params
-        )
         uncond = jax.tree.map(lambda x: _abstract(np.shape(x), x.dtype, replicated(self.mesh)), self.dataset.uncond)
         rows, size = batch_sharding(self.mesh), self.run.train.batch_size
         batch = jax.tree.map(lambda x: _abstract((size, *x.shape[1:]), x.dtype, rows), self.dataset.first)
-        return Teacher(narrow if self.run.has_teacher else None, uncond), batch
+        return Teacher(self.base if self.run.has_teacher else None, uncond), batch
 
     def student_sampler(self, steps: int | None = None) -> Callable:
         """Of so many steps, by default of the most that there are times for."""
@@ -144,12 +166,12 @@ class Program(NamedTuple):
         F, within = denoiser.guided(F or self.teacher_F, self.run.teacher_guidance), self.run.noise_range
         return teacher_sampler(F, self.dataset.uncond, self.run.sampling, steps, within)
 
-    def sampler_inputs(self, batch: dict) -> tuple:
-        """Abstract arguments of a sampler, for the conditions of an abstract batch."""
+    def sampler_inputs(self, params, batch: dict) -> tuple:
+        """Abstract arguments of a sampler, for abstract parameters and the conditions of an abstract batch."""
         ids = _abstract(batch["x0"].shape[:1], np.uint32, batch_sharding(self.mesh))
         key = jax.eval_shape(jax.random.key, 0)
         return (
-            self.params,
+            params,
             _abstract(key.shape, key.dtype, replicated(self.mesh)),
             ids,
             batch["cond"] | ({samplers.START: batch["x0"]} if self.run.noise_range[1] < 1 else {}),
@@ -188,9 +210,17 @@ def assemble(run: Experiment, mesh, dataset: Dataset) -> Program:
         teacher_F = dataset.velocity
     guidance = run.rcm.guidance if run.rcm.guidance_max is None else None
     velocities = Velocities(network.F, denoiser.guided(teacher_F, guidance), network.F)
-    method = rcm_method(run.rcm, velocities, run.train.accumulate, network.normalised)
-    distillation = trainer.make_training(run.rcm.name, run.train, mesh, method, boxed, jax.random.fold_in(key, 2))
+    method = rcm_method(run.rcm, velocities, run.train.accumulate, network.normalised, whole(run.adapter))
+    trained = jax.eval_shape(network.adapter(run.adapter), key)
+    distillation = trainer.make_training(run.rcm.name, run.train, mesh, method, trained, jax.random.fold_in(key, 2))
     return Program(run, mesh, dataset, network, teacher_F, pretraining, distillation)
+
+
+def whole(config: AdapterConfig | None) -> Callable[[Teacher, Any], Any]:
+    """(teacher, what is trained) -> the parameters of a network: an adapter's are of the teacher as well."""
+    if config is None:
+        return alone
+    return lambda teacher, adapter: Adapted(teacher.params, adapter, config.scale)
 
 
 def check_conditions(model, dataset: Dataset) -> None:

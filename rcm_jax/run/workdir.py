@@ -9,6 +9,7 @@ import json
 
 from absl import logging
 
+from rcm_jax.models.adapters import AdapterConfig
 from rcm_jax.parallel import distributed
 from rcm_jax.run.experiment import Experiment, Predictor, Pretraining, from_mapping
 from rcm_jax.train import checkpoint
@@ -171,6 +172,22 @@ def check_start(folder, run: Experiment) -> int:
         return there.train.steps if isinstance(there, Experiment) else there.pretrain.train.steps
     check_same(folder, there, run, SHARED_WITH_TEACHER[1:])  # converted weights say nothing of data
     return 0
+
+
+def adapter_of(config: Predictor) -> AdapterConfig | None:
+    """What a workdir of that config holds of its student; None: whole parameters."""
+    return config.adapter if isinstance(config, Experiment) else None
+
+
+def check_adapter(folder, there: Predictor, run: Experiment) -> None:
+    """ValueError unless what a run starts from is an adapter of the same config where it trains one, else a network."""
+    theirs = adapter_of(there)
+    if theirs != run.adapter:
+        words = [f"an adapter ({x})" if x else "whole parameters" for x in (theirs, run.adapter)]
+        raise ValueError(
+            f"{folder} holds {words[0]}, and this config trains {words[1]}: export_checkpoint.py merges an adapter, "
+            "extract_lora.py makes one of two networks"
+        )
 
 
 def write_converted(folder, config: Predictor, params, step: int = 0) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +129,11 @@ class RcmConfig(Averaged):
         return (self.dmd.max_rollout - 1) / 2 if self.dmd else 1.0
 
 
+def alone(teacher: Teacher, params):
+    """The parameters of a network of which all is trained."""
+    return params
+
+
 class Setup(NamedTuple):
     """What all phases of a method share. weighted: the objective, if any, that has an adaptive weighting."""
 
@@ -144,6 +149,7 @@ class Setup(NamedTuple):
     dropout: float = 0.0
     within: trigflow.Range = trigflow.WHOLE  # the range of noise
     normalised: Callable | None = None  # parameters -> those that a step starts from
+    whole: Callable[[Teacher, Any], Any] = alone  # what is trained, beside a teacher's parameters -> what F is given
 
     def start(self, learner: Learner) -> Learner:
         """As a step finds it."""
@@ -197,8 +203,13 @@ def diffusion_method(
     return Method(init, lambda i: "diffusion", {"diffusion": step}, powers=config.powers)
 
 
-def rcm_method(config: RcmConfig, F: Velocities, parts: int = 1, normalised: Callable | None = None) -> Method:
-    """Distillation as a method: warmup (consistency alone), student (all losses) and critic (fake score) phases."""
+def rcm_method(
+    config: RcmConfig, F: Velocities, parts: int = 1, normalised: Callable | None = None, whole: Callable = alone
+) -> Method:
+    """Distillation as a method: warmup (consistency alone), student (all losses) and critic (fake score) phases.
+
+    whole(teacher, params): the parameters of a network of which less is trained, beside those of the teacher.
+    """
     configs = {"student": config.student, "weighting": config.weighting, "fake_score": config.fake_score}
     optimizers = {name: make_optimizer(c) for name, c in configs.items() if c}
     rates = {name: schedule(c) for name, c in configs.items() if c}
@@ -206,7 +217,7 @@ def rcm_method(config: RcmConfig, F: Velocities, parts: int = 1, normalised: Cal
         F, optimizers, config, parts, rates, partial(_warmup, config.warmup), partial(student_updates, config),
         weighted=config.consistency if config.weighting else None, dropout=config.dropout, normalised=normalised,
         guidance=None if config.guidance_max is None else (config.guidance, config.guidance_max),
-        within=config.noise_range,
+        within=config.noise_range, whole=whole,
     )  # fmt: skip
     steps = {"student": partial(student_step, setup, config.objectives)}
     if config.dmd:
@@ -291,15 +302,16 @@ def student_step(setup: Setup, objectives: dict[str, Objective], state: TrainSta
         trained["weighting"] = state.weighting.params
 
     def loss(params, batch, key):
-        fake_score = state.fake_score.params if state.fake_score else None
+        own = setup.whole(teacher, params["student"])
+        fake_score = setup.whole(teacher, state.fake_score.params) if state.fake_score else None
         count = setup.updates(state.step)
         F, batch, finite = setup.at(batch, key)
         total, metrics = 0, {"data/nonfinite": 1.0 - finite}
         for name, objective in objectives.items():
             # Losses on the data share a step's time and noise; one on the student's samples draws beside them.
-            own = named_keys(key, "time", "noise", "samples")["samples"] if isinstance(objective, Matching) else key
+            drawn = named_keys(key, "time", "noise", "samples")["samples"] if isinstance(objective, Matching) else key
             r = setup.r(state.step)
-            given = Given(F, params["student"], fake_score, teacher, batch, own, r, count, setup.within)
+            given = Given(F, own, fake_score, teacher, batch, drawn, r, count, setup.within)
             values, theirs = weighed(objective, leave_out(objective.term(given), finite), setup, params, batch)
             total = total + values
             metrics |= {f"{name}/{k}": v for k, v in theirs.items()}
@@ -333,11 +345,12 @@ def weighed(objective: Objective, term: Term, setup: Setup, params, batch):
 def critic_step(setup: Setup, objective: Matching, state: TrainState, teacher: Teacher, batch, key):
     """One update of the fake score on the student's samples."""
     count = state.step - setup.updates(state.step)
-    learner = setup.start(state.fake_score)
+    learner, student = setup.start(state.fake_score), setup.whole(teacher, state.student.params)
 
     def loss(params, batch, key):
         _, batch, finite = setup.at(batch, key)
-        given = Given(setup.F, state.student.params, params, teacher, batch, key, count=count, within=setup.within)
+        fake_score = setup.whole(teacher, params)
+        given = Given(setup.F, student, fake_score, teacher, batch, key, count=count, within=setup.within)
         term = leave_out(objective.critic(given), finite)
         return jnp.mean(term.loss), {f"critic/{k}": v for k, v in term.metrics.items()} | {
             "data/nonfinite": 1.0 - finite
@@ -352,10 +365,9 @@ def critic_step(setup: Setup, objective: Matching, state: TrainState, teacher: T
 
 def probe_step(setup: Setup, objective: ScmConfig, state: TrainState, teacher: Teacher, batch, key) -> dict:
     """stability.probe, on as much of the batch as the other steps have in memory."""
+    student = setup.whole(teacher, state.student.params)
     _, part, _ = setup.at(jax.tree.map(lambda x: x[0], divided(batch, setup.parts)), key)
-    return stability.probe(
-        objective, Given(setup.F, state.student.params, None, teacher, part, key, within=setup.within)
-    )
+    return stability.probe(objective, Given(setup.F, student, None, teacher, part, key, within=setup.within))
 
 
 def left_out(metrics: dict) -> list:
