@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from rcm_jax.kernels.attention import choices, flash_attention  # pyright: ignore[reportMissingImports]
 from rcm_jax.models.adapters import A, B
 from rcm_jax.models.product import affine
-from rcm_jax.parallel.sharding import RULES, activation_spec, check_sequence, current_mesh
+from rcm_jax.parallel.sharding import RULES, activation_spec, check_sequence, current_mesh, gathered
 from rcm_jax.util.ranges import among, between
 
 Embedding = Float[Array, "b c"]
@@ -96,7 +96,7 @@ class Dense(nn.Module):
             bias = self.param("bias", with_axes(nn.initializers.zeros, "vector"), (self.features,))
         y = affine(x, kernel, bias, self.dtype)
         if self.has_variable("params", A):
-            down, up = self.get_variable("params", A), self.get_variable("params", B)
+            down, up = (gathered(self.get_variable("params", name)) for name in (A, B))
             y = y + affine(affine(x, down, None, self.dtype), up, None, self.dtype)
         return checkpoint_name(y, "product")
 

@@ -147,6 +147,11 @@ def split(x, *names):
     return jax.lax.with_sharding_constraint(x, activation_spec(names, x.shape, mesh))
 
 
+def gathered(x):
+    """x whole on every device of the mesh in use: of a small array, so that no large one is moved to it."""
+    return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def _size(axes, mesh) -> int:
     """Devices along those mesh axes together."""
     return math.prod(mesh.shape[axis] for axis in axes)
