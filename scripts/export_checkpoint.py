@@ -7,6 +7,7 @@ safetensors: for diffusers (`from_pretrained(DIR)`), under Wan-AI's names (also 
 import common  # noqa: I001  (puts the checkout on the path)
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,12 @@ from flax.traverse_util import unflatten_dict
 from rcm_jax import convert
 from rcm_jax.convert import adapters
 from rcm_jax.models import NETWORKS
-from rcm_jax.run import weights, workdir
+from rcm_jax.run import handover, weights, workdir
 from rcm_jax.convert.files import write_tensors
 from rcm_jax.convert.lazy import LazyTensor
 from rcm_jax.convert.table import cast
 from rcm_jax.util.config import kind_of
-from rcm_jax.util.files import check_new_folder
+from rcm_jax.util.files import as_path, check_new_folder, check_writable, new_folder, write_text
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir of scripts/train.py or convert_checkpoint.py.")
 ITEM = flags.DEFINE_enum("item", "ema", ["ema", "student", "fake_score"], "Which network; ema: the averaged student.")
@@ -30,13 +31,17 @@ STEP = flags.DEFINE_integer("checkpoint_step", None, "Training step of the check
 LAYOUT = flags.DEFINE_string("layout", "diffusers", "official, rcm or diffusers; of an adapter official or peft, too.")
 ADAPTER = flags.DEFINE_bool("adapter", False, "Of a student that is an adapter (LoRA) that alone, not merged.")
 MERGE = flags.DEFINE_string("merge", None, "A .safetensors file of an adapter (LoRA), merged into what is exported.")
-DST = flags.DEFINE_string("dst", None, "The folder to make: new or empty.")
+DST = flags.DEFINE_string("dst", None, "The folder to make, new or empty; or a file, if it ends in .safetensors.")
 DTYPE = flags.DEFINE_enum(
     "dtype",
     "keep",
     ["keep", *convert.PUBLISHED_DTYPES],
     "Of what is written; modulation, time embedding and norms stay wide.",
 )
+PIPELINE = flags.DEFINE_bool("pipeline", False, "A folder for diffusers' pipelines: with scheduler, index, model card.")
+AROUND = flags.DEFINE_string("around", None, "Of --pipeline: a published pipeline whose VAE, encoders … are copied.")
+BASE = flags.DEFINE_string("base", "", "Of --pipeline's card: the repository of the base, in diffusers' layout.")
+LICENCE = flags.DEFINE_string("licence", "", "Of --pipeline's card: that of the base, as the hub names it.")
 SHARD_GB = flags.DEFINE_float(
     "shard_gb", None, "Most of one file, in 10⁹ bytes; by default 10 for diffusers, else all."
 )
@@ -54,7 +59,7 @@ def main():
     check_layout(run, kind)
     if SHARD_GB.value is not None and not 0 < SHARD_GB.value < math.inf:
         raise ValueError(f"--shard_gb={SHARD_GB.value} must be above 0, and finite")
-    check_new_folder(DST.value)
+    check_target(run)
     if ADAPTER.value:
         leaves, step = weights.own_leaves_of(CHECKPOINT.value, ITEM.value, STEP.value)
     else:
@@ -69,24 +74,69 @@ def main():
     params = unflatten_dict({path: np.asarray(leaf) for path, leaf in leaves.items()}, sep="/")
     if ADAPTER.value:
         adapter = adapters.Adapter(params, run.adapter.scale)
-        if DTYPE.value != "keep":
-            adapter = adapter.astype(DTYPE.value)
+        adapter = adapter if DTYPE.value == "keep" else adapter.astype(DTYPE.value)
         names = adapters.write(DST.value, kind, run.model, adapter, LAYOUT.value)
-        print(f"{DST.value}: {', '.join(names)}")
-        return
+    elif PIPELINE.value:
+        names = write_pipeline(run, kind, params)
+    else:
+        names = write_network(DST.value, run, kind, params)
+    print(f"{DST.value}: {', '.join(names)}")
+
+
+def write_network(folder, run, kind: str, params) -> list[str]:
+    """The files of a network, and their names."""
     tensors = convert.to_reference(kind, params, run.model, LAYOUT.value)
     if DTYPE.value != "keep":
         tensors = {name: narrowed(kind, name, tensor, jnp.dtype(DTYPE.value)) for name, tensor in tensors.items()}
     described = convert.MODELS[kind].described(run.model, LAYOUT.value)
+    if one_file() and LAYOUT.value != "diffusers":
+        described = {}
     with common.bytes_bar("writing", common.tally(tensors)[1]) as bar:
-        names = write_tensors(
-            DST.value,
+        return write_tensors(
+            folder,
             tensors,
             shard_bytes=1e9 * (SHARD_GB.value or (10 if LAYOUT.value == "diffusers" else math.inf)),
             extra_files={"config.json": json.dumps(described, indent=2) + "\n"} if described else {},
             progress=bar.update,
         )
-    print(f"{DST.value}: {', '.join(names)}")
+
+
+def write_pipeline(run, kind: str, params) -> list[str]:
+    """A folder for diffusers' from_pretrained, whole but for what --around does not give; names of its parts."""
+    words = {"folder": DST.value, "base": BASE.value, "licence": LICENCE.value, "whole": bool(AROUND.value)}
+    with new_folder(DST.value, last="model_index.json") as temporary:
+        write_network(temporary / "transformer", run, kind, params)
+        for name, text in handover.files(run, **words).items():
+            write_text(temporary / name, text)
+        for name in handover.components(run) if AROUND.value else ():
+            shutil.copytree(as_path(AROUND.value) / name, temporary / name)
+        return sorted(path.name for path in temporary.iterdir())
+
+
+def one_file() -> bool:
+    return DST.value.endswith(".safetensors")
+
+
+def check_target(run) -> None:
+    """ValueError or OSError unless --dst can be made, and what goes into it is there."""
+    if not PIPELINE.value:
+        if given := [f"--{flag.name}" for flag in (AROUND, BASE, LICENCE) if flag.value]:
+            raise ValueError(f"{', '.join(given)} is for --pipeline")
+    elif LAYOUT.value != "diffusers" or ADAPTER.value or one_file():
+        raise ValueError("--pipeline is a folder in the layout diffusers, of merged weights: no --adapter, no file")
+    else:
+        handover.check(run)
+        lost = [name for name in handover.components(run) if not (as_path(AROUND.value or "") / name).is_dir()]
+        if AROUND.value and lost:
+            raise ValueError(f"--around={AROUND.value} has no folder {', '.join(lost)}: it must hold a whole pipeline")
+    if one_file():
+        if LAYOUT.value == "diffusers" and not ADAPTER.value:
+            raise ValueError(
+                f"--dst={DST.value}: the layout diffusers has a config.json beside its weights: name a folder"
+            )
+        check_writable(DST.value, overwrite=False)
+    else:
+        check_new_folder(DST.value)
 
 
 def check_layout(run, kind: str) -> None:

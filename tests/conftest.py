@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Where each operation comes from is told in errors, and kept for ever: after a thousand programs of one process that is
@@ -18,9 +19,32 @@ from tests import stores
 GOLDEN = pathlib.Path(os.environ.get("RCM_GOLDEN", pathlib.Path(__file__).parent / "golden"))
 
 
+# Variants of what other tests show every day, that take long together: slow.
+VARIANTS = re.compile(
+    r"method/test_golden_.*float32"  # float64 judges the formulas, and every kernel's rounding has its own tests
+    r"|models/test_(edm|edm2_unet|wan|wan_ti2v|cosmos)\.py.*of_the_reference.*float32"
+    r"|models/test_wan\.py.*test_remat_.*(full|save_products)|models/test_dit\.py.*test_remat_.*'full'"
+    r"|kernels/test_attention\.py.*test_what_all_values_share.*64"
+    r"|kernels/test_triton\.py.*test_numbers_in_the_interpreter"
+    r"|train/test_steps\.py.*test_a_step_in_parts_needs.*(student|probe)"
+    r"|train/test_trainer\.py.*test_twenty_steps.*diffusion"
+    r"|train/test_checkpoint_damage\.py.*test_a_new_checkpoint_that_is_damaged.*True"
+    r"|run/test_pipeline\.py.*test_a_stopped_run.*(scm_adaptive|sct)"
+    r"|run/test_image_to_video\.py.*test_a_network_is_given.*cosmos_v2w"
+    r"|configs/test_scm_paper\.py.*test_each_trains_in_small.*cifar10-sct"
+    r"|scripts/test_compare\.py.*test_methods_are_compared|scripts/test_precision\.py.*test_picture"
+    r"|scripts/test_build_dataset\.py.*test_the_same_command"
+    r"|evaluate/test_precision\.py.*test_cosmos_is_studied"
+)
+LONG = ("scripts", "train", "run", "configs", "parallel")  # folders whose files take a worker minutes
+
+
 def pytest_collection_modifyitems(items):
-    """Whole runs first: the short tests then fill up what one worker has left of the time."""
-    items.sort(key=lambda item: "scripts" not in item.path.parts)
+    """Long files first: the short ones then fill up what one worker has left of the time."""
+    for item in items:
+        if VARIANTS.search(item.nodeid):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if name in item.path.parts), len(LONG)))
 
 
 @pytest.fixture(scope="session")

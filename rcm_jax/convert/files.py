@@ -30,6 +30,7 @@ from rcm_jax.util.files import (
     read_json,
     reading,
     regular,
+    write_whole,
     writing,
 )
 
@@ -240,9 +241,12 @@ def write_tensors(
 
     A tensor has .shape, .dtype and goes through np.asarray, one at a time. extra_files maps file names to texts.
     progress is called with the bytes of every tensor written. The folder must be empty or not there; it appears whole
-    or not at all. Raises ValueError for such a folder, no tensors, or dtypes that are not in SAFETENSORS.
+    or not at all. A name that ends in .safetensors is that of the only file, and there is no folder. Raises ValueError
+    for a folder that is not empty, no tensors, or dtypes that are not in SAFETENSORS.
     """
     shards = _plan(tensors, shard_bytes)
+    if (place := as_path(folder)).suffix == ".safetensors":
+        return [_write_one(place, tensors, len(shards), extra_files, metadata, progress)]
     names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else [f"{stem}.safetensors"]
     ours = (*names, f"{stem}{INDEX}")
@@ -260,6 +264,17 @@ def write_tensors(
             with writing(temporary / name):
                 (temporary / name).write_text(text, encoding="utf-8")
     return [*names, *texts]
+
+
+def _write_one(place, tensors, shards: int, extra_files, metadata, progress) -> str:
+    """One file, whole or not at all."""
+    if shards > 1 or extra_files:
+        what = f"{shards} files" if shards > 1 else f"a file beside {', '.join(extra_files)}"
+        raise ValueError(f"{place} is to be one file, and this is {what}: name a folder")
+    if place.exists():
+        raise FileExistsError(f"{place} is there: choose another name")
+    write_whole(place, lambda path: _write_file(path, tensors, metadata, progress))
+    return place.name
 
 
 def _nbytes(tensor):

@@ -22,7 +22,7 @@ from tests.fuzz.watch import watched
 from tests.torch_pickle import Call, Name, pickled
 
 SECONDS = float(os.environ.get("RCM_FUZZ_SECONDS", "0"))
-FEW, ROUND = 25, 500  # examples
+FEW, ROUND = 12, 500  # examples
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example, HealthCheck.filter_too_much]
 
 
