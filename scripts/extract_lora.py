@@ -89,7 +89,7 @@ def share(part: float, whole: float) -> float:
 def left_out(base, tuned, chosen: set[str]) -> float:
     """The norm of what changes in all other tensors."""
     total = 0.0
-    for name in base.keys() - chosen:
+    for name in (name for name in base if name not in chosen):
         change = np.asarray(tuned[name]).astype(np.float64) - np.asarray(base[name]).astype(np.float64)
         total += float(np.sum(np.square(change)))
     return math.sqrt(total)

@@ -1,7 +1,7 @@
 """A student for the programs of others: diffusers' pipeline around its network, and a card that says how to sample.
 
-diffusers' FlowMatchEulerDiscreteScheduler(stochastic_sampling=True) makes the steps of our few-step sampler: (1 − σ')·x0
-+ σ'·noise of rectified flow, at the σ = sin t/(cos t + sin t) of our times.
+FlowMatchEulerDiscreteScheduler(stochastic_sampling=True) of diffusers makes the steps of our few-step sampler,
+(1 − σ')·x0 + σ'·noise of rectified flow, at the σ = sin t/(cos t + sin t) of our times.
 """
 
 import json
