@@ -37,8 +37,8 @@ CARD = """---
 
 # {title}
 
-A {method} student ([rCM]({home})): it makes a sample in {counts} steps, where its teacher
-takes {teacher_steps}. Trained with rcm_jax.
+Distilled with rcm_jax by {method} ([paper]({home})): a sample takes {counts} steps, where the teacher takes
+{teacher_steps}.
 
 | steps | sigmas | timesteps |
 |---|---|---|

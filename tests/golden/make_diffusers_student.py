@@ -101,12 +101,14 @@ def main():
     noise, text = normal(len(TIMES), *SHAPE, seed=1), normal(1, 6, 8, seed=2)
     write_adapters(place)
     x, t = normal(*SHAPE, seed=3), torch.tensor([400.0])
-    arrays = {"times": np.array(TIMES), "noise": noise, "text": text, "x0": sampled(network(), noise, text), "x": x, "t": t}
+    arrays = {"times": np.array(TIMES), "noise": noise, "text": text, "x": x, "t": t}
+    arrays["x0"] = sampled(network(), noise, text)
     arrays["v"] = network()(x, t, text, return_dict=False)[0]
     for layout in adapters():
         arrays[f"v_{layout}"] = with_adapter(place, layout)(x, t, text, return_dict=False)[0]
         print(layout, float((arrays[f"v_{layout}"] - arrays["v"]).abs().max()))
-    keep("diffusers_student", "student", CONFIG | {"scheduler": SCHEDULER}, {"diffusers": network().state_dict()}, arrays)
+    config, weights = CONFIG | {"scheduler": SCHEDULER}, {"diffusers": network().state_dict()}
+    keep("diffusers_student", "student", config, weights, arrays)
 
 
 main()

@@ -21,7 +21,7 @@ MODEL = dataclasses.replace(tiny.MODEL, dtype="float64")
 TARGETS = ("blocks/attention/*", "blocks/mlp/*")
 # Of the real runs' kind, but for weight decay: that of A and B is not that of their product.
 OPTIMIZER = OptimizerConfig(1e-3, b2=0.99, weight_decay=0.0, warmup_steps=1)
-PHASES = ("warmup", "student", "critic", "student")
+PHASES = ("warmup", "critic", "warmup")
 NETWORKS = {
     "student": lambda state: state.student.params,
     "fake score": lambda state: state.fake_score.params,
@@ -43,7 +43,7 @@ def steps(method, start, teacher):
     data, state, found = tiny.arrays(), method.init(start), []
     batch = {k: jax.tree.map(lambda a: jnp.asarray(a[: tiny.BATCH]), v) for k, v in data.items()}
     for i, phase in enumerate(PHASES):
-        state = state.replace(step=jnp.int32(4 if i == 0 else 7 + i))  # warm-up is over from 4 on
+        state = state.replace(step=jnp.int32(5 + i))  # warm-up is over
         state, metrics = jax.jit(method.steps[phase])(state, teacher, batch, jax.random.key(i))
         found.append((state, metrics))
     return found
