@@ -8,6 +8,7 @@ on the same DIR it goes on where it was stopped.
 
 import common  # noqa: I001  (puts the checkout on the path)
 import math
+import functools
 import time
 
 import jax
@@ -72,7 +73,8 @@ def curve(judge, trained, before: int) -> list[tuple[int, float]]:
     with checkpoint.open_manager(trained.folder) as manager:
         steps = sorted(manager.all_steps())
     students = [checkpoint.restore_item(trained.folder, "ema", abstract, step) for step in steps]
-    errors = [evaluate(judge.samples(ema)[1], judge.reference)["map_error"] for ema in students]
+    whole = functools.partial(trained.program.whole, trained.teacher)
+    errors = [evaluate(judge.samples(whole(ema))[1], judge.reference)["map_error"] for ema in students]
     updates = [before + student_updates(trained.run.rcm, step) for step in steps]
     return list(zip(updates, errors, strict=True))
 

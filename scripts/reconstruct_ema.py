@@ -11,6 +11,7 @@ import jax
 from absl import flags, logging
 
 from rcm_jax.run import workdir
+from rcm_jax.run.weights import base_folder
 from rcm_jax.run.experiment import Experiment, Pretraining
 from rcm_jax.train import averages, checkpoint
 from rcm_jax.util.config import revise
@@ -71,6 +72,8 @@ def described(config, step: int):
     method, train = ("rcm", "train") if isinstance(config, Experiment) else ("pretrain.method", "pretrain.train")
     values = {"std": STD.value, "half_life": None, "ramp": None, "tracks": ()}
     own = {f"{train}.steps": step, f"{train}.snapshot_every": 0}
+    if workdir.adapter_of(config):  # whose base stays where it is
+        own["teacher"] = str(base_folder(WORKDIR.value, config))
     return revise(config, own | {f"{method}.ema_{name}": value for name, value in values.items()})
 
 
