@@ -32,8 +32,8 @@ from rcm_jax.util.files import absolute, as_path, stored
 
 CHUNK_BYTES = 2**28  # of converted arrays on disk: a host that needs a part of one reads little more than that
 GROUP_BYTES = 2**28  # on a device, of arrays that are read and compared at a time
-# Seconds for reads that go on when one has failed: tensorstore calls back from its own threads, and a process died once,
-# perhaps of what was collected meanwhile.
+# Seconds for reads that go on when one has failed: tensorstore calls back from its own threads, and a process died
+# once, perhaps of what was collected meanwhile.
 GRACE = 0.2
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"  # folders of a workdir
 DATA, COUNT, RECORD = "data", "count", "record"  # items that are JSON
