@@ -27,6 +27,7 @@ NONSENSE = {
 # What is meant to be possible, by fields.
 FREE = {"teacher", "start", "fake_start", "vae_path", "path", "wandb_project", "wandb_name"}  # any text
 FREE |= {"name", "train", "test", "image", "label"}  # of TFDS
+FREE |= {"targets"}  # of adapters: the network knows its modules
 FREE |= {"pos_emb_interpolation"}  # of Cosmos, which changes nothing here
 INFINITE = {"sigma_max", "teacher_sigma_max"}  # they stand for the time pi/2
 NEGATIVE = {"mean", "means", "latents_mean", "data", "fsdp", "seq"}

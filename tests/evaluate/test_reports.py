@@ -66,6 +66,7 @@ def finished(tmp_path, dataset, centres, teacher=True):
         teacher_folder=tmp_path / "teacher" if teacher else None,
         folder=tmp_path,
         state=types.SimpleNamespace(ema=params),
+        student=params,
     )
 
 

@@ -63,8 +63,9 @@ def with_identity(teacher, adapter):
 
 
 def test_with_a_the_identity_the_first_steps_are_those_of_the_kernels():
+    narrow = tiny.dit()[1]  # which is kept for other tests
     with tiny.x64():
-        base = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tiny.dit()[1])
+        base = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), narrow)
         targets = targets_of(AdapterConfig(rank=1, targets=TARGETS), TARGETS, ours.boxed(MODEL))
         start = {}
         for path in targets:
