@@ -16,7 +16,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -32,9 +31,6 @@ from rcm_jax.util.files import absolute, as_path, stored
 
 CHUNK_BYTES = 2**28  # of converted arrays on disk: a host that needs a part of one reads little more than that
 GROUP_BYTES = 2**28  # on a device, of arrays that are read and compared at a time
-# Seconds for reads that go on when one has failed: tensorstore calls back from its own threads, and a process died
-# once, perhaps of what was collected meanwhile.
-GRACE = 0.2
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"  # folders of a workdir
 DATA, COUNT, RECORD = "data", "count", "record"  # items that are JSON
 JSON_FILE = "metadata"  # in the folder of such an item
@@ -285,7 +281,6 @@ def _agreed(read: Callable, what: str, together: bool) -> Any:
         except Exception as error:  # of tensorstore, zarr, orbax, JSON: whatever half a file brings about
             word = f"{what} cannot be read: {_line(error)}"
         if word:
-            time.sleep(GRACE)
             gc.collect()
     if any(elsewhere in word for elsewhere in ELSEWHERE):
         raise OSError(word)
