@@ -8,6 +8,7 @@ import common  # noqa: I001  (puts the checkout on the path)
 import json
 import math
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from flax.traverse_util import unflatten_dict
 from rcm_jax import convert
 from rcm_jax.convert import adapters
 from rcm_jax.models import NETWORKS
-from rcm_jax.run import handover, weights, workdir
+from rcm_jax.run import card, handover, weights, workdir
 from rcm_jax.convert.files import write_tensors
 from rcm_jax.convert.lazy import LazyTensor
 from rcm_jax.convert.table import cast
@@ -38,10 +39,10 @@ DTYPE = flags.DEFINE_enum(
     ["keep", *convert.PUBLISHED_DTYPES],
     "Of what is written; modulation, time embedding and norms stay wide.",
 )
-PIPELINE = flags.DEFINE_bool("pipeline", False, "A folder for diffusers' pipelines: with scheduler, index, model card.")
+PIPELINE = flags.DEFINE_bool("pipeline", False, "A folder for diffusers' pipelines: with their scheduler and index.")
 AROUND = flags.DEFINE_string("around", None, "Of --pipeline: a published pipeline whose VAE, encoders … are copied.")
-BASE = flags.DEFINE_string("base", "", "Of --pipeline's card: the repository of the base, in diffusers' layout.")
-LICENCE = flags.DEFINE_string("licence", "", "Of --pipeline's card: that of the base, as the hub names it.")
+BASE = flags.DEFINE_string("base", "", "Of the model card: the repository of the base, in diffusers' layout.")
+LICENCE = flags.DEFINE_string("licence", "", "Of the model card: that of the base, as the hub names it.")
 SHARD_GB = flags.DEFINE_float(
     "shard_gb", None, "Most of one file, in 10⁹ bytes; by default 10 for diffusers, else all."
 )
@@ -79,38 +80,52 @@ def main():
     elif PIPELINE.value:
         names = write_pipeline(run, kind, params)
     else:
-        names = write_network(DST.value, run, kind, params)
+        names = write_network(DST.value, run, kind, params, cards(run))
     print(f"{DST.value}: {', '.join(names)}")
 
 
-def write_network(folder, run, kind: str, params) -> list[str]:
-    """The files of a network, and their names."""
+def write_network(folder, run, kind: str, params, texts=types.MappingProxyType({})) -> list[str]:
+    """The files of a network, and their names; texts: {name: text} of more of them."""
     tensors = convert.to_reference(kind, params, run.model, LAYOUT.value)
     if DTYPE.value != "keep":
         tensors = {name: narrowed(kind, name, tensor, jnp.dtype(DTYPE.value)) for name, tensor in tensors.items()}
     described = convert.MODELS[kind].described(run.model, LAYOUT.value)
-    if one_file() and LAYOUT.value != "diffusers":
-        described = {}
+    if described and not one_file():
+        texts = {"config.json": json.dumps(described, indent=2) + "\n"} | texts
     with common.bytes_bar("writing", common.tally(tensors)[1]) as bar:
         return write_tensors(
             folder,
             tensors,
             shard_bytes=1e9 * (SHARD_GB.value or (10 if LAYOUT.value == "diffusers" else math.inf)),
-            extra_files={"config.json": json.dumps(described, indent=2) + "\n"} if described else {},
+            metadata={"format": "pt"} | (handover.metadata(run) if has_card(run) else {}),
+            extra_files=texts,
             progress=bar.update,
         )
 
 
 def write_pipeline(run, kind: str, params) -> list[str]:
     """A folder for diffusers' from_pretrained, whole but for what --around does not give; names of its parts."""
-    words = {"folder": DST.value, "base": BASE.value, "licence": LICENCE.value, "whole": bool(AROUND.value)}
     with new_folder(DST.value, last="model_index.json") as temporary:
         write_network(temporary / "transformer", run, kind, params)
-        for name, text in handover.files(run, **words).items():
-            write_text(temporary / name, text)
         for name in handover.components(run) if AROUND.value else ():
             shutil.copytree(as_path(AROUND.value) / name, temporary / name)
+        for name, text in (cards(run) | handover.files(run, whole=bool(AROUND.value))).items():
+            write_text(temporary / name, text)
         return sorted(path.name for path in temporary.iterdir())
+
+
+def has_card(run) -> bool:
+    """Whether what is exported is sampled in few steps."""
+    return handover.is_student(run) and ITEM.value != "fake_score" and not ADAPTER.value
+
+
+def cards(run) -> dict[str, str]:
+    """{name: text} of the model card beside a student in a folder."""
+    if one_file() or not has_card(run):
+        return {}
+    told = {"base": BASE.value, "licence": LICENCE.value}
+    name = as_path(DST.value).name or "student"
+    return {"README.md": card.card(run, name, **told, code=PIPELINE.value, whole=bool(AROUND.value))}
 
 
 def one_file() -> bool:
@@ -119,13 +134,17 @@ def one_file() -> bool:
 
 def check_target(run) -> None:
     """ValueError or OSError unless --dst can be made, and what goes into it is there."""
+    if (BASE.value or LICENCE.value) and not cards(run):
+        raise ValueError("--base and --licence are for the model card, which a folder with a whole student has")
     if not PIPELINE.value:
-        if given := [f"--{flag.name}" for flag in (AROUND, BASE, LICENCE) if flag.value]:
-            raise ValueError(f"{', '.join(given)} is for --pipeline")
+        if AROUND.value:
+            raise ValueError("--around is for --pipeline")
     elif LAYOUT.value != "diffusers" or ADAPTER.value or one_file():
         raise ValueError("--pipeline is a folder in the layout diffusers, of merged weights: no --adapter, no file")
     else:
         handover.check(run)
+        if not has_card(run):
+            raise ValueError(f"--pipeline is for students: --item={ITEM.value} is not sampled in few steps")
         lost = [name for name in handover.components(run) if not (as_path(AROUND.value or "") / name).is_dir()]
         if AROUND.value and lost:
             raise ValueError(f"--around={AROUND.value} has no folder {', '.join(lost)}: it must hold a whole pipeline")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rcm_jax.convert.files import SAFETENSORS, open_tensors, write_tensors
+from rcm_jax.convert.files import SAFETENSORS, open_tensors, read_metadata, write_tensors
 from rcm_jax.convert.lazy import LazyTensor
 
 
@@ -366,6 +366,27 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, name):
     (tmp_path / name).symlink_to("/dev/zero")
     with pytest.raises(ValueError, match=f"^{tmp_path / name} is a device, not a file$"):
         open_tensors(tmp_path / name)
+
+
+def test_a_name_of_a_file_is_that_file_whole_or_not_at_all(tmp_path):
+    file, tensors = tmp_path / "x.safetensors", {"a": np.arange(4.0), "b": np.zeros(2)}
+    assert write_tensors(file, tensors, metadata={"format": "pt", "few": "1"}) == ["x.safetensors"]
+    assert file.is_file() and read_metadata(file) == {"format": "pt", "few": "1"}
+    assert_same(open_tensors(file), tensors)
+    before = file.read_bytes()
+    with pytest.raises(FileExistsError, match=r"x\.safetensors is there: choose another name"):
+        write_tensors(file, tensors)
+    assert file.read_bytes() == before
+    file.unlink()
+    broken = LazyTensor((4,), np.dtype("float64"), lambda: np.zeros(3))
+    for told, given, options in (
+        ("this is 2 files: name a folder", tensors, {"shard_bytes": 32}),
+        (r"this is a file beside config\.json: name a folder", tensors, {"extra_files": {"config.json": "{}"}}),
+        ("a was announced as", {"a": broken}, {}),
+    ):
+        with pytest.raises(ValueError, match=told):
+            write_tensors(file, given, **options)
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_told_with_the_file_that_the_user_knows(tmp_path, monkeypatch):

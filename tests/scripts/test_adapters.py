@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from rcm_jax import convert
 from rcm_jax.convert import adapters
+from rcm_jax.convert.files import read_metadata
 from rcm_jax.models.adapters import flat
 from rcm_jax.run import weights
 from rcm_jax.train import checkpoint
@@ -57,12 +58,13 @@ def test_merged_it_is_one_file_for_comfyui_or_a_pipeline_for_diffusers(run_scrip
     again = flat(convert.from_reference("wan", load_file(file), wan.TINY))
     for path, leaf in merged(student).items():
         np.testing.assert_array_equal(again[path], leaf)
+    assert json.loads(read_metadata(file)["few_step_sigmas"])["1"] == pytest.approx([0.987654], abs=1e-6)
     flags = ["--pipeline", "--base=some/base", f"--dst={tmp_path / 'pipe'}"]
     run_ok(run_script("export_checkpoint", f"--checkpoint={student}", *flags))
     names = {"README.md", "model_index.json", "scheduler", "transformer"}
     assert {path.name for path in (tmp_path / "pipe").iterdir()} == names
     assert json.loads((tmp_path / "pipe" / "transformer" / "config.json").read_text())["num_layers"] == 2
-    assert "base_model: some/base" in (tmp_path / "pipe" / "README.md").read_text()
+    assert 'base_model: "some/base"' in (tmp_path / "pipe" / "README.md").read_text()
 
 
 def test_a_file_is_merged_into_what_is_exported(run_script, tmp_path, student, teacher):
@@ -97,7 +99,9 @@ def test_what_cannot_be_exported_so_is_refused(run_script, tmp_path, student, te
     assert_refused(refused(teacher, "--adapter"), "holds whole parameters; scripts/extract_lora.py")
     assert_refused(refused(student, "--adapter", "--layout=rcm"), "layouts diffusers, peft, official")
     assert_refused(refused(teacher, "--pipeline"), "--pipeline is for students")
-    assert_refused(refused(student, "--base=x"), "--base is for --pipeline")
+    assert_refused(refused(teacher, "--base=x"), "--base and --licence are for the model card")
+    assert_refused(refused(student, f"--around={tmp_path}"), "--around is for --pipeline")
+    assert_refused(refused(student, "--pipeline", "--item=fake_score"), "fake_score is not sampled in few steps")
     assert_refused(refused(student, "--pipeline", f"--around={tmp_path}"), "has no folder vae, text_encoder, tokenizer")
     file = f"--dst={tmp_path / 'x.safetensors'}"
     assert_refused(run_script("export_checkpoint", f"--checkpoint={student}", file), "config.json", "name a folder")

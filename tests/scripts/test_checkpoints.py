@@ -91,6 +91,8 @@ def test_a_student_is_exported_and_converted_back_to_the_same_bits(run_script, t
     path = tmp_path / "out" / "config.json"
     written = json.loads(path.read_text())["_class_name"] if path.exists() else None
     assert written == {"diffusers": "WanTransformer3DModel", "official": "WanModel", "rcm": None}[layout]
+    card = tmp_path / "out" / "README.md"
+    assert card.exists() == (item != "fake_score") and (not card.exists() or "| 4 | 0.9877, 0.9338" in card.read_text())
     (tmp_path / "tiny.json").write_text(json.dumps(dataclasses.asdict(wan.TINY) | {"kind": "wan"}))
     back = [f"--model={tmp_path / 'tiny.json'}", f"--src={tmp_path / 'out'}", f"--dst={tmp_path / 'back'}"]
     process = run_script("convert_checkpoint", *back)
