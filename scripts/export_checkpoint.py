@@ -153,7 +153,9 @@ def check_target(run) -> None:
             raise ValueError(
                 f"--dst={DST.value}: the layout diffusers has a config.json beside its weights: name a folder"
             )
-        check_writable(DST.value, overwrite=False)
+        if as_path(DST.value).is_file():
+            raise FileExistsError(f"--dst={DST.value} is there: choose another name")
+        check_writable(DST.value)
     else:
         check_new_folder(DST.value)
 

@@ -108,3 +108,4 @@ def test_what_cannot_be_exported_so_is_refused(run_script, tmp_path, student, te
     (tmp_path / "x.safetensors").write_text("")
     process = run_script("export_checkpoint", f"--checkpoint={student}", file, "--layout=official")
     assert_refused(process, "is there: choose another name")
+    assert "--overwrite" not in process.stderr  # which there is not
